@@ -1,0 +1,1 @@
+"""How the zoo is run: phases, the trainer, parallelism, logging, recipes and the ``zoo`` command."""

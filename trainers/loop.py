@@ -1,0 +1,359 @@
+"""The loop: runs a recipe's phases, logs, evaluates, saves, and resumes exactly where a run was cut."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import signal
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from trainers import artefacts as artefact_files
+from trainers import resume
+from trainers.evaluation import Evaluator
+from trainers.feed import Feed, host_batch, streams_of
+from trainers.parallel import Parallel, Placement, describe
+from trainers.phases import Alternate, Evaluate, Fit
+from trainers.recipe import Run, UserError
+from trainers.record import Record
+from trainers.state import TrainState, begin_phase, init_variables
+from trainers.step import make_step, metric_names, phase_key
+from trainers.trees import flatten, to_host
+
+AHEAD = 32
+"""Dispatches the host may run ahead of the device."""
+
+
+class Diverged(Exception):
+    """A metric became non-finite; the message names the step, the phase and the metric."""
+
+
+class Interrupted(Exception):
+    """The run was asked to stop; the message says whether its state is saved."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """How a run is executed; none of these changes what is learned.
+
+    Attributes:
+      parallel: where arrays live.
+      steps_per_call: small steps scanned in one dispatch.
+      log_every, save_every: in steps.
+    """
+
+    parallel: Parallel = Parallel()
+    steps_per_call: int = 1
+    log_every: int = 20
+    save_every: int = 500
+
+
+@dataclasses.dataclass
+class Result:
+    """What a run leaves, on the host: variables as trained and as chosen for export, artefacts, each metric's last."""
+
+    variables: Mapping[str, Any]
+    chosen: Mapping[str, Any]
+    artefacts: Mapping[str, Any]
+    metrics: Mapping[str, float]
+    state: TrainState
+
+
+class Loop:
+    """Runs phases over one state.
+
+    Args:
+      run: what to do.
+      settings: how.
+      seed: every key is derived from it.
+      record: receives metrics and progress; ``None`` for a silent run.
+      store: a ``checkpoints.store.Store``; ``None`` keeps nothing.
+      folder: where artefacts and fault reports go.
+      recipe_hash: recorded with every checkpoint.
+      init: edits the first variables (pretrained weights).
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        settings: Settings | None = None,
+        seed: int = 0,
+        record: Record | None = None,
+        store: Any = None,
+        folder: Path | None = None,
+        recipe_hash: str = "",
+        init: Callable[[Mapping], Mapping] | None = None,
+    ):
+        settings = settings or Settings()
+        names = [p.name for p in run.phases]
+        if len(set(names)) != len(names) or not names:
+            raise ValueError(f"phases need different names, at least one; got {names}")
+        if min(settings.steps_per_call, settings.log_every, settings.save_every) < 1:
+            raise UserError("--steps-per-call, --log-every and --save-every must be at least 1")
+        self.run, self.settings, self.seed, self.record = run, settings, seed, record or Record()
+        self.store, self.folder, self.recipe_hash, self.init = store, folder, recipe_hash, init
+        self.place = Placement(settings.parallel, run.sharding_rules)
+        self.evaluator = Evaluator(self.place, seed)
+        self.artefacts: dict[str, Any] = {}
+        self.metrics: dict[str, float] = {}
+        self.done = 0  # steps and phases finished so far: numbers the checkpoints
+        self.asked = 0  # the signal that asked the run to stop
+
+    def __call__(self) -> Result:
+        """Runs what is left of the run and returns its result.
+
+        Raises:
+          Diverged: a metric became non-finite; the last good checkpoint is kept.
+          Interrupted: SIGTERM or SIGINT arrived.
+        """
+        with self._signals():
+            try:
+                state, first, within = self._resume()
+                for number, phase in enumerate(self.run.phases[first:], first):
+                    if isinstance(phase, Alternate):
+                        state = self._train(number, phase, state if within == number else self._begin(phase, state))
+                    else:
+                        if state is None:
+                            state = resume.bare_state(self._first_variables({}), self.seed)
+                        state = (self._fit if isinstance(phase, Fit) else self._evaluate_phase)(phase, state)
+                    self.done += 1
+                    self._save(state, number + 1, 0)
+            finally:
+                if self.store is not None:
+                    self.store.close()
+        chosen = to_host(state.chosen("average"))
+        return Result(to_host(state.variables), chosen, self.artefacts, self.metrics, state)
+
+    def _begin(self, phase: Alternate, before: TrainState | None) -> TrainState:
+        variables = self._first_variables(phase.updates) if before is None else before.variables
+        return begin_phase(variables, phase, self.seed, before)
+
+    def _first_variables(self, updates: Mapping) -> Mapping[str, Any]:
+        rng = phase_key(jnp.uint32(self.seed), "init", jnp.int32(0))
+        variables: Mapping[str, Any] = {"params": {}}
+        if self.run.init is not None:
+            variables = self.run.init(rng)
+        elif updates:
+            found = [(u.objective, jax.tree.map(jnp.asarray, host_batch(u, 0))) for u in updates.values()]
+            variables = {}
+            for objective, batch in reversed(found):
+                variables = {**variables, **init_variables(objective, rng, batch)}
+        return self.init(variables) if self.init is not None else variables
+
+    # ------------------------------------------------------------------------------------------------ training
+
+    def _train(self, number: int, phase: Alternate, state: TrainState) -> TrainState:
+        epochs = {}
+        for name, update in phase.updates.items():
+            streams = list(streams_of(update).values())
+            for stream in streams:
+                self.place.check_batch(stream.batch_size)
+            epochs[name] = max(1, streams[0].steps_per_epoch // update.repeats)
+        step, calls = int(state.step), self.settings.steps_per_call
+        begun = {n: int(p) - step * phase.updates[n].repeats for n, p in state.streams.items()}
+        feed = Feed(phase, {n: int(p) for n, p in state.streams.items()}, self.place)
+        self.record.phase(phase.name, step, phase.steps)
+        step_fn = make_step(phase, epochs, self.place.axis_name)
+        state, artefacts = self.place.put_state(state), self.place.put_replicated(self.artefacts)
+        counts = [self.place.put_count(c) for c in range(calls + 1)]
+        began = time.monotonic()
+        compiled = self.place.compile(step_fn, state, feed.probe(calls), artefacts, counts[1])
+        self.record.compiled(time.monotonic() - began)
+        on_epoch, epoch = (
+            (jax.jit(phase.on_epoch), epochs[next(iter(epochs))]) if phase.on_epoch else (None, phase.steps)
+        )
+        evaluates = bool(phase.evaluate or phase.prequential)
+        events = (self.settings.log_every, self.settings.save_every, phase.eval_every or phase.steps, epoch)
+        pending: deque = deque()
+
+        def flush(keep: int) -> None:
+            # reads results off the device, never the newest: that would wait for it
+            while len(pending) > keep:
+                at, metrics, fault = pending.popleft()
+                due = at % self.settings.log_every == 0 or at == phase.steps
+                if not (due or (not pending and keep == 0)):
+                    continue
+                fault = np.asarray(jax.device_get(fault)).reshape(-1, 2)[0]
+                if fault[0] >= 0:
+                    names = metric_names(make_step(phase, epochs), phase, self.place.local(state), self.artefacts)
+                    raise Diverged(self._fault(phase, begun, int(fault[0]), names[int(fault[1])]))
+                if due:
+                    values = {k: float(np.ravel(v)[0]) for k, v in jax.device_get(metrics).items()}
+                    self.metrics.update({f"{phase.name}/{k}": v for k, v in values.items()})
+                    self.record.log(phase.name, at, values)
+
+        stopped = False
+        try:
+            while step < phase.steps and not stopped:
+                if on_epoch is not None and step % epoch == 0:
+                    state = self._change(phase, state, on_epoch, step)
+                take = min(calls, phase.steps - step, *(every - step % every for every in events))
+                batches = feed.next(take, calls)
+                with self.place.guard():
+                    state, metrics, fault = compiled(state, batches, artefacts, counts[take])
+                step, self.done = step + take, self.done + take
+                pending.append((step, metrics, fault))
+                if len(pending) > AHEAD:
+                    jax.block_until_ready(pending[-AHEAD][2])
+                self.record.advance(step)
+                last = step == phase.steps
+                if step % self.settings.log_every == 0 or last:
+                    flush(keep=0 if last else 1)
+                measured = evaluates and (last or (phase.eval_every and step % phase.eval_every == 0))
+                if measured:
+                    flush(keep=0)
+                    state, stopped = self._evaluate(phase, state, step)
+                if not (last or stopped) and (step % self.settings.save_every == 0 or self.asked):
+                    flush(keep=0)
+                    self._save(self.place.local(state), number, step)
+                    if self.asked:
+                        saved = (
+                            "its state is saved; the same command goes on from here" if self.store else "nothing saved"
+                        )
+                        raise Interrupted(f"stopped in phase {phase.name!r} at step {step}: {saved}")
+            flush(keep=0)
+        finally:
+            feed.close()
+        if stopped:
+            self.record.note(f"{phase.name}: stopped at step {step}, {phase.stop.metric} no longer improves")
+        return self.place.local(state)
+
+    def _change(self, phase: Alternate, state: TrainState, on_epoch: Callable, step: int) -> TrainState:
+        local = self.place.local(state)
+        key = phase_key(jnp.uint32(self.seed), f"{phase.name}/epoch", jnp.int32(step))
+        changed = dict(on_epoch(local.variables, self.place.put_replicated(self.artefacts), key))
+        params = changed.pop("params", local.params)
+        return self.place.put_state(local.replace(params=params, collections={**local.collections, **changed}))
+
+    def _fault(self, phase: Alternate, begun: Mapping[str, int], step: int, metric: str) -> str:
+        """Writes the batch that broke the run to a file it can be replayed from, and says where."""
+        name = metric.split("/")[0] if len(phase.updates) > 1 else next(iter(phase.updates))
+        update = phase.updates[name]
+        flat = flatten(host_batch(update, begun[name] + step * update.repeats, self.place.process))
+        ids = next((v for k, v in flat.items() if k.split("/")[-1] == "index"), np.zeros(0, int))
+        where = f"; its batch held examples {', '.join(map(str, ids[:6]))}, ..."
+        if self.folder is not None:
+            file = self.folder / f"fault-{phase.name}-{step}.npz"
+            np.savez(file, **{k.replace("/", "."): v for k, v in flat.items()})
+            where += f" and is kept in {file}"
+        return f"{metric} is not finite at step {step} of phase {phase.name!r}{where}"
+
+    # ------------------------------------------------------------------------------------- fits and evaluations
+
+    def _logged(self, phase: str, step: int, values: Mapping[str, float], prefix: str) -> None:
+        self.metrics.update({f"{prefix}{k}": float(v) for k, v in values.items()})
+        self.record.log(phase, step, {k: float(v) for k, v in values.items()})
+
+    def _fit(self, phase: Fit, state: TrainState) -> TrainState:
+        self.record.phase(phase.name, 0, 1)
+        key = phase_key(jnp.uint32(self.seed), phase.name, jnp.int32(0))
+        variables = state.chosen("average")
+        result = phase.fit(variables, self.artefacts, key)
+        changed = {c: jax.tree.map(jnp.asarray, v) for c, v in result.variables.items()}
+        params = changed.pop("params", variables["params"])
+        state = state.replace(
+            params=params,
+            average=None if state.average is None else params,
+            collections={**state.collections, **changed},
+            optimizer={n: result.edit(o) if result.edit else o for n, o in state.optimizer.items()},
+        )
+        if result.artefacts:
+            self.artefacts = {**self.artefacts, **result.artefacts}
+            if self.folder is not None and self.place.process[0] == 0:
+                artefact_files.save(self.folder / "artefacts" / phase.name, result.artefacts)
+        self._logged(phase.name, 1, result.metrics, f"{phase.name}/")
+        self.record.advance(1)
+        return state
+
+    def _evaluate_phase(self, phase: Evaluate, state: TrainState) -> TrainState:
+        self.record.phase(phase.name, 0, 1)
+        values, mutated = self.evaluator(phase, state, self.artefacts)
+        self._logged(phase.name, 1, values, f"{phase.name}/")
+        self.record.advance(1)
+        return state.replace(collections={**state.collections, **mutated})
+
+    def _evaluate(self, phase: Alternate, state: TrainState, step: int) -> tuple[TrainState, bool]:
+        """Evaluates within a training phase; the state changes only by what evaluations commit and the monitor."""
+        local, seen = self.place.local(state), {}
+        for evaluation in phase.evaluate:
+            values, mutated = self.evaluator(evaluation, local, self.artefacts)
+            seen.update({f"{evaluation.name}/{k}": v for k, v in values.items()})
+            local = local.replace(collections={**local.collections, **mutated})
+        if phase.prequential is not None:
+            values = phase.prequential.compute(to_host(local.prequential))
+            seen.update({f"{phase.prequential.name}/{k}": v for k, v in values.items()})
+        self._logged(phase.name, step, seen, "")
+        if phase.stop is None:
+            return (self.place.put_state(local) if any(e.commit for e in phase.evaluate) else state), False
+        if phase.stop.metric not in seen:
+            raise UserError(f"early stopping watches {phase.stop.metric!r}; there are {', '.join(sorted(seen))}")
+        value, best = seen[phase.stop.metric], float(local.monitor["best"])
+        better = value > best if phase.stop.higher_is_better else value < best
+        since = 0 if better else int(local.monitor["since"]) + 1
+        monitor = {
+            "value": jnp.float32(value),
+            "evaluations": local.monitor["evaluations"] + 1,
+            "best": jnp.float32(value if better else best),
+            "since": jnp.int32(since),
+        }
+        return self.place.put_state(local.replace(monitor=monitor)), since >= phase.stop.patience
+
+    # --------------------------------------------------------------------------------------- saving and resuming
+
+    def _save(self, state: TrainState, phase: int, step: int) -> None:
+        if self.store is None:
+            return
+        meta = {
+            "phase": phase,
+            "step": step,
+            "recipe": self.recipe_hash,
+            "metrics": dict(self.metrics),
+            "parallel": dict(describe(self.settings.parallel)),
+            "artefacts": artefact_files.fingerprints(self.artefacts),
+            "lines": self.record.lines,
+        }
+        current = self.run.phases[phase if step else phase - 1]
+        stop = current.stop if isinstance(current, Alternate) else None
+        metric = self.metrics.get(stop.metric) if stop else None
+        self.store.save(self.done, flatten(state), meta, metric, stop.higher_is_better if stop else True)
+
+    def _resume(self) -> tuple[TrainState | None, int, int | None]:
+        """The newest whole checkpoint: the state, the phase to go on with, and that phase again if it is under way."""
+        found = resume.restore(self.store, self.run.phases, self.place, self.record.note) if self.store else None
+        if found is None:
+            self.record.rewind(0)
+            return None, 0, None
+        self.done, state, meta = found
+        if self.folder is not None:
+            self.artefacts = artefact_files.load(self.folder / "artefacts", meta["artefacts"])
+        self.metrics = dict(meta["metrics"])
+        self.record.rewind(meta["lines"])
+        if meta["phase"] < len(self.run.phases):
+            name = self.run.phases[meta["phase"]].name
+            self.record.note(f"resuming from checkpoint {self.done}: phase {name!r}, step {meta['step']}")
+        return state, meta["phase"], meta["phase"] if meta["step"] else None
+
+    @contextlib.contextmanager
+    def _signals(self):
+        """SIGTERM (pre-emption) and SIGINT save at the next step boundary and leave; a second one leaves at once."""
+
+        def ask(number, frame):
+            if self.asked:
+                raise KeyboardInterrupt
+            self.asked = number
+
+        before = {}
+        with contextlib.suppress(ValueError):  # not in the main thread: signals are somebody else's
+            before = {n: signal.signal(n, ask) for n in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)

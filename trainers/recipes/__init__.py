@@ -1,0 +1,1 @@
+"""One recipe per method, at ``trainers/recipes/<family>/<method>.py``."""

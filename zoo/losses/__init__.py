@@ -1,0 +1,1 @@
+"""Losses shared by methods: pure functions that return one value per element."""

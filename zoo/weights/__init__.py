@@ -1,0 +1,1 @@
+"""Weight transformations: pytree to pytree."""
