@@ -45,14 +45,14 @@ class Settings:
 
     Attributes:
       parallel: where arrays live.
-      steps_per_call: small steps scanned in one dispatch.
-      log_every, save_every: in steps.
+      steps_per_call: small steps scanned in one dispatch; 0 for the recipe's choice.
+      log_every, save_every: in steps; 0 for a hundredth and a tenth of the phase.
     """
 
     parallel: Parallel = Parallel()
-    steps_per_call: int = 1
-    log_every: int = 20
-    save_every: int = 500
+    steps_per_call: int = 0
+    log_every: int = 0
+    save_every: int = 0
 
 
 @dataclasses.dataclass
@@ -95,8 +95,6 @@ class Loop:
         names = [p.name for p in run.phases]
         if len(set(names)) != len(names) or not names:
             raise ValueError(f"phases need different names, at least one; got {names}")
-        if min(settings.steps_per_call, settings.log_every, settings.save_every) < 1:
-            raise UserError("--steps-per-call, --log-every and --save-every must be at least 1")
         self.run, self.settings, self.seed, self.record = run, settings, seed, record or Record()
         self.store, self.folder, self.recipe_hash, self.init = store, folder, recipe_hash, init
         self.place = Placement(settings.parallel, run.sharding_rules)
@@ -156,7 +154,9 @@ class Loop:
             for stream in streams:
                 self.place.check_batch(stream.batch_size)
             epochs[name] = max(1, streams[0].steps_per_epoch // update.repeats)
-        step, calls = int(state.step), self.settings.steps_per_call
+        step, calls = int(state.step), self.settings.steps_per_call or self.run.steps_per_call
+        log_every = self.settings.log_every or max(1, phase.steps // 100)
+        save_every = self.settings.save_every or max(1, phase.steps // 10)
         begun = {n: int(p) - step * phase.updates[n].repeats for n, p in state.streams.items()}
         feed = Feed(phase, {n: int(p) for n, p in state.streams.items()}, self.place)
         self.record.phase(phase.name, step, phase.steps)
@@ -170,14 +170,14 @@ class Loop:
             (jax.jit(phase.on_epoch), epochs[next(iter(epochs))]) if phase.on_epoch else (None, phase.steps)
         )
         evaluates = bool(phase.evaluate or phase.prequential)
-        events = (self.settings.log_every, self.settings.save_every, phase.eval_every or phase.steps, epoch)
+        events = (log_every, save_every, phase.eval_every or phase.steps, epoch)
         pending: deque = deque()
 
         def flush(keep: int) -> None:
             # reads results off the device, never the newest: that would wait for it
             while len(pending) > keep:
                 at, metrics, fault = pending.popleft()
-                due = at % self.settings.log_every == 0 or at == phase.steps
+                due = at % log_every == 0 or at == phase.steps
                 if not (due or (not pending and keep == 0)):
                     continue
                 fault = np.asarray(jax.device_get(fault)).reshape(-1, 2)[0]
@@ -204,13 +204,13 @@ class Loop:
                     jax.block_until_ready(pending[-AHEAD][2])
                 self.record.advance(step)
                 last = step == phase.steps
-                if step % self.settings.log_every == 0 or last:
+                if step % log_every == 0 or last:
                     flush(keep=0 if last else 1)
                 measured = evaluates and (last or (phase.eval_every and step % phase.eval_every == 0))
                 if measured:
                     flush(keep=0)
                     state, stopped = self._evaluate(phase, state, step)
-                if not (last or stopped) and (step % self.settings.save_every == 0 or self.asked):
+                if not (last or stopped) and (step % save_every == 0 or self.asked):
                     flush(keep=0)
                     self._save(self.place.local(state), number, step)
                     if self.asked:

@@ -1,0 +1,138 @@
+"""The options that every ``zoo train`` shares, and the command line made from a recipe's dataclass."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from trainers.cli import capture_parser_errors
+from trainers.recipe import Recipe, UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class RunOptions:
+    """How the run is executed; none of these changes what is learned (except --init)."""
+
+    workdir: str | None = None
+    """Folder of the run; runs/NAME if not given. A run found there is resumed."""
+    mode: Literal["jit", "pmap"] = "jit"
+    """jit over a mesh (data, fsdp, tensor), or pmap over all devices."""
+    devices: int = 0
+    """How many devices to use; 0 for all."""
+    fsdp: int = 1
+    """Devices over which parameters and optimiser state are sharded."""
+    tensor: int = 1
+    """Devices over which layers are sharded, by the recipe's rules."""
+    steps_per_call: int = 0
+    """Steps scanned in one dispatch; 0 for the recipe's own choice."""
+    log_every: int = 0
+    """Steps between log lines; 0 for a hundredth of the phase."""
+    save_every: int = 0
+    """Steps between checkpoints; 0 for a tenth of the phase."""
+    keep: int = 3
+    """Newest checkpoints kept (the best by a watched metric is kept besides)."""
+    progress: bool = True
+    """Show a progress bar."""
+    init: str | None = None
+    """Start from the weights of another run or an exported model."""
+    init_only: Annotated[tuple[str, ...], tyro.conf.arg(name="init.only")] = ("*",)
+    """Patterns over parameter paths to take from --init, such as encoder/*."""
+    init_rename: Annotated[tuple[str, ...], tyro.conf.arg(name="init.rename")] = ()
+    """Renames OLD=NEW of path prefixes in --init's weights."""
+    platform: Literal["cpu", "gpu", "tpu"] | None = None
+    """Which of jax's platforms to use; the best there is if not given."""
+    distributed: bool = False
+    """Join other processes by jax.distributed (addresses from the cluster or from JAX_COORDINATOR_ADDRESS)."""
+
+    def settings(self):
+        """These options as ``trainers.loop.Settings``."""
+        from trainers.loop import Settings
+        from trainers.parallel import Parallel
+
+        for option in ("devices", "steps_per_call", "log_every", "save_every"):
+            if getattr(self, option) < 0:
+                raise UserError(f"--{option.replace('_', '-')} must not be negative, got {getattr(self, option)}")
+        if self.keep < 1:
+            raise UserError(f"--keep must be at least 1, got {self.keep}")
+        if self.distributed:
+            join_processes()
+        parallel = Parallel(self.mode, self.devices, self.fsdp, self.tensor)
+        return Settings(parallel, self.steps_per_call, self.log_every, self.save_every)
+
+    def initialiser(self) -> tuple[Callable[[Mapping], Mapping] | None, str | None]:
+        """What ``--init`` does to the first variables, and its description for the run's identity."""
+        if self.init is None:
+            if self.init_only != ("*",) or self.init_rename:
+                raise UserError("--init.only and --init.rename need --init RUN")
+            return None, None
+        if not Path(self.init).exists():
+            raise UserError(f"--init {self.init}: there is no such folder")
+        wrong = [r for r in self.init_rename if r.count("=") != 1]
+        if wrong:
+            raise UserError(f"--init.rename {wrong[0]}: write OLD=NEW")
+        rename = dict(r.split("=") for r in self.init_rename)
+
+        def edit(variables: Mapping) -> Mapping:
+            import sys
+
+            from checkpoints.partial import load_weights, merge
+            from flax import traverse_util
+
+            flat = traverse_util.flatten_dict(dict(variables["params"]), sep="/")
+            merged, report = merge(flat, load_weights(Path(self.init)), self.init_only, rename)
+            print(f"--init {self.init}: {report}", file=sys.stderr)
+            return {**variables, "params": traverse_util.unflatten_dict(merged, sep="/")}
+
+        return edit, f"{self.init} only {self.init_only} rename {self.init_rename}"
+
+
+def parse(recipe: type[Recipe], options: type, argv: list[str], prog: str) -> tuple[Recipe, Any]:
+    """Parses a command line into a recipe and run options; unknown options and wrong values are one-line errors."""
+    joined = dataclasses.make_dataclass(
+        "Options",
+        [
+            ("recipe", tyro.conf.OmitArgPrefixes[recipe], dataclasses.field(default=recipe())),
+            ("options", tyro.conf.OmitArgPrefixes[options], dataclasses.field(default=options())),
+        ],
+        frozen=True,
+    )
+    description = (recipe.__doc__ or "").strip()
+    found = capture_parser_errors(lambda: tyro.cli(joined, args=argv, prog=prog, description=description))
+    return found.recipe, found.options
+
+
+def prepare_jax(platform: str | None) -> None:
+    """Settings that must stand before jax is first used: the platform and a compilation cache that stores small programs.
+
+    JAX's own thresholds would store nothing of recipes like ours.
+    """
+    if platform:
+        os.environ["JAX_PLATFORMS"] = {"gpu": "cuda"}.get(platform, platform)
+    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "kindred-zoo" / "compiled"
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache))
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "0")
+    os.environ.setdefault("JAX_COMPILATION_CACHE_MAX_SIZE", str(2 << 30))
+
+
+def join_processes() -> None:
+    """``jax.distributed.initialize``, with addresses from the environment where no cluster tells them."""
+    import jax
+
+    if jax.distributed.is_initialized():
+        return
+    env = os.environ
+    if "JAX_COORDINATOR_ADDRESS" in env:
+        missing = [k for k in ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID") if k not in env]
+        if missing:
+            raise UserError(f"--distributed: JAX_COORDINATOR_ADDRESS is set, but {missing[0]} is not")
+        jax.distributed.initialize(
+            env["JAX_COORDINATOR_ADDRESS"], int(env["JAX_NUM_PROCESSES"]), int(env["JAX_PROCESS_ID"])
+        )
+    else:
+        jax.distributed.initialize()
