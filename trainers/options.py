@@ -80,8 +80,9 @@ class RunOptions:
         def edit(variables: Mapping) -> Mapping:
             import sys
 
-            from checkpoints.partial import load_weights, merge
             from flax import traverse_util
+
+            from checkpoints.partial import load_weights, merge
 
             flat = traverse_util.flatten_dict(dict(variables["params"]), sep="/")
             merged, report = merge(flat, load_weights(Path(self.init)), self.init_only, rename)
@@ -107,7 +108,7 @@ def parse(recipe: type[Recipe], options: type, argv: list[str], prog: str) -> tu
 
 
 def prepare_jax(platform: str | None) -> None:
-    """Settings that must stand before jax is first used: the platform and a compilation cache that stores small programs.
+    """Settings that must stand before jax is first used: the platform, and a cache that stores small programs too.
 
     JAX's own thresholds would store nothing of recipes like ours.
     """

@@ -87,8 +87,8 @@ def train(
       Diverged, Interrupted: see ``trainers.loop``.
     """
     import jax
-    from checkpoints.model import save_model
 
+    from checkpoints.model import save_model
     from checkpoints.store import Store
     from trainers import plots
     from trainers.loop import Loop
