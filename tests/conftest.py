@@ -5,8 +5,9 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-if str(ROOT) not in sys.path:
-    sys.path.insert(0, str(ROOT))
+for folder in (ROOT / "tests", ROOT):
+    if str(folder) not in sys.path:
+        sys.path.insert(0, str(folder))
 
 # before jax is imported: 8 simulated devices, no accelerator, a compilation cache that outlives the process
 flags = os.environ.get("XLA_FLAGS", "")
@@ -20,5 +21,4 @@ os.environ.setdefault("MPLBACKEND", "agg")
 
 from jaxtyping import install_import_hook  # noqa: E402
 
-_hook = install_import_hook(["zoo"], "beartype.beartype")
-_hook.install() if hasattr(_hook, "install") else None
+install_import_hook(["zoo"], "beartype.beartype")

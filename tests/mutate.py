@@ -29,9 +29,23 @@ def survivors(name: str) -> list[str]:
             path = tree / mutant["file"]
             text = path.read_text()
             if text.count(mutant["find"]) != 1:
-                raise SystemExit(f"{name}: {mutant['find']!r} occurs {text.count(mutant['find'])} times in {mutant['file']}")
+                raise SystemExit(
+                    f"{name}: {mutant['find']!r} occurs {text.count(mutant['find'])} times in {mutant['file']}"
+                )
             path.write_text(text.replace(mutant["find"], mutant["replace"]))
-            command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-o", "addopts="]
+            command = [
+                sys.executable,
+                "-m",
+                "pytest",
+                "-x",
+                "-q",
+                "-p",
+                "no:cacheprovider",
+                "-p",
+                "no:xdist",
+                "-o",
+                "addopts=",
+            ]
             command += ["-m", "not slow and not claim and not bench", *plan["tests"]]
             done = subprocess.run(command, cwd=tree, env=env, capture_output=True, text=True)
             path.write_text(text)

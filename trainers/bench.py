@@ -189,10 +189,11 @@ def first_step() -> dict[str, float]:
     root = str(Path(__file__).resolve().parent.parent)
     with tempfile.TemporaryDirectory() as cache:
         env = {**os.environ, "JAX_COMPILATION_CACHE_DIR": cache, "PYTHONPATH": root}
-        run = lambda: subprocess.run(
-            [sys.executable, "-c", program], env=env, capture_output=True, text=True, check=True
-        )  # noqa: E731
-        return {which: float(run().stdout.split()[-1]) for which in ("cold", "warm")}
+        found = {}
+        for which in ("cold", "warm"):
+            done = subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, text=True, check=True)
+            found[which] = float(done.stdout.split()[-1])
+        return found
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:

@@ -19,10 +19,19 @@ The idea in a paragraph: what the paper noticed, what it does about it, and what
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from zoo.catalogue import Card, Claim
+
+
+@dataclasses.dataclass(frozen=True)
+class Definition:
+    """What an exported model is rebuilt from; often a Linen module of zoo.nn takes its place."""
+
+    width: int = 8
 
 
 def NAME_score(x: Float[Array, "b d"], y: Float[Array, "b d"]) -> Float[Array, "b"]:
@@ -81,13 +90,6 @@ from zoo.FAMILY import NAME as method
 
 
 @dataclasses.dataclass(frozen=True)
-class Definition:
-    """What the exported model is rebuilt from; usually a Linen module of zoo.nn."""
-
-    width: int = 8
-
-
-@dataclasses.dataclass(frozen=True)
 class Recipe(recipe.Recipe):
     """TITLE."""
 
@@ -107,7 +109,7 @@ class Recipe(recipe.Recipe):
 
         return Run(
             [Fit("fit", fit)],
-            export=lambda variables, artefacts: Export(Definition(self.width), variables),
+            export=lambda variables, artefacts: Export(method.Definition(self.width), variables),
             data_fingerprint="generated",
         )
 
