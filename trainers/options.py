@@ -97,8 +97,8 @@ def parse(recipe: type[Recipe], options: type, argv: list[str], prog: str) -> tu
     joined = dataclasses.make_dataclass(
         "Options",
         [
-            ("recipe", tyro.conf.OmitArgPrefixes[recipe], dataclasses.field(default=recipe())),
-            ("options", tyro.conf.OmitArgPrefixes[options], dataclasses.field(default=options())),
+            ("recipe", Annotated[recipe, tyro.conf.arg(name="")], dataclasses.field(default=recipe())),
+            ("options", Annotated[options, tyro.conf.arg(name="")], dataclasses.field(default=options())),
         ],
         frozen=True,
     )

@@ -1,0 +1,55 @@
+"""Class prototypes: means of features by class, shared by everything that classifies by the nearest mean."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+
+def l2_normalize(x: Float[Array, "*b d"], eps: float = 1e-12) -> Float[Array, "*b d"]:
+    """Rows scaled to unit length; a zero row stays zero and has a finite gradient."""
+    square = jnp.sum(jnp.square(x), axis=-1, keepdims=True)
+    return x * jax.lax.rsqrt(jnp.maximum(square, eps * eps))
+
+
+def class_sums(
+    features: Float[Array, "n d"], labels: Int[Array, "n"], num_classes: int, valid: Bool[Array, "n"] | None = None
+) -> tuple[Float[Array, "c d"], Int[Array, "c"]]:
+    """Sums of un-normalised features and counts by class; they add up over batches.
+
+    Args:
+      features: one row per example.
+      labels: classes in ``[0, num_classes)``; others are dropped.
+      num_classes: C, static.
+      valid: which rows are real.
+    """
+    valid = jnp.ones(labels.shape, bool) if valid is None else valid
+    # rows that do not count go to a class of their own, which is cut off
+    slot = jnp.where(valid & (labels >= 0) & (labels < num_classes), labels, num_classes)
+    rows = jnp.where(valid[:, None], features, 0.0)
+    sums = jax.ops.segment_sum(rows, slot, num_classes + 1)[:num_classes]
+    counts = jax.ops.segment_sum(jnp.ones_like(slot), slot, num_classes + 1)[:num_classes]
+    return sums, counts
+
+
+def class_means(
+    features: Float[Array, "n d"], labels: Int[Array, "n"], num_classes: int, valid: Bool[Array, "n"] | None = None
+) -> tuple[Float[Array, "c d"], Int[Array, "c"]]:
+    """Means of un-normalised features by class, and counts; a class without examples has mean 0 and count 0.
+
+    Arguments as in :func:`class_sums`.
+    """
+    sums, counts = class_sums(features, labels, num_classes, valid)
+    return sums / jnp.maximum(counts, 1)[:, None], counts
+
+
+def cosine_logits(
+    features: Float[Array, "b d"],
+    prototypes: Float[Array, "c d"],
+    temperature: float | Float[Array, ""] = 1.0,
+    class_mask: Bool[Array, "c"] | None = None,
+) -> Float[Array, "b c"]:
+    """``temperature`` times the cosine between rows and prototypes; masked classes get minus infinity."""
+    logits = temperature * (l2_normalize(features) @ l2_normalize(prototypes).T)
+    return logits if class_mask is None else jnp.where(class_mask[None, :], logits, -jnp.inf)
