@@ -79,30 +79,32 @@ def encoder(forward: Callable[[Mapping, Mapping, Context], Any]) -> Callable[[Ma
 def confusion_evaluation(
     name: str,
     stream: Stream,
-    predict: Callable[[Mapping, Mapping, Context], jax.Array],
+    predict: Callable[[Mapping, Mapping, Context], Mapping[str, jax.Array]],
+    classifiers: Sequence[str],
     num_classes: int,
-    compute: Callable[[np.ndarray], Mapping[str, float]],
+    compute: Callable[[Mapping[str, np.ndarray]], Mapping[str, float]],
     label: str = "label",
 ) -> Evaluate:
-    """An evaluation that streams a confusion matrix ``[C, C]`` (row: true class) and computes metrics from it.
+    """An evaluation that streams a confusion matrix ``[C, C]`` (row: true class) for each of several classifiers.
 
     Args:
       name, stream: as in :class:`Evaluate`.
-      predict: ``(variables, batch, context) -> classes [B]``.
+      predict: ``(variables, batch, context) -> {classifier: classes [B]}``, in one pass over the encoder.
+      classifiers: the names that ``predict`` returns.
       num_classes: C.
-      compute: ``confusion -> metrics``.
+      compute: ``{classifier: confusion} -> metrics``.
       label: the batch field with the true class.
     """
 
+    def init():
+        return {c: np.zeros(num_classes**2, np.int32) for c in classifiers}
+
     def update(seen, variables, batch, context):
         predicted = predict(variables, batch, context)
-        cell = jnp.where(batch["mask"], batch[label] * num_classes + predicted, num_classes**2)
-        return seen.at[cell].add(1, mode="drop"), {}
+        start = jnp.where(batch["mask"], batch[label] * num_classes, num_classes**2)
+        return {c: seen[c].at[start + predicted[c]].add(1, mode="drop") for c in classifiers}, {}
 
-    return Evaluate(
-        name,
-        stream,
-        lambda: np.zeros(num_classes**2, np.int32),
-        update,
-        lambda seen: compute(np.asarray(seen).reshape(num_classes, num_classes)),
-    )
+    def finish(seen):
+        return compute({c: np.asarray(seen[c]).reshape(num_classes, num_classes) for c in classifiers})
+
+    return Evaluate(name, stream, init, update, finish)

@@ -119,7 +119,8 @@ if jax.process_index() == 0:
 """
 
 
-def test_two_processes_equal_one(single, tmp_path, fsdp=2):
+def test_two_processes_equal_one(single, tmp_path):
+    fsdp = 2
     root = Path(__file__).resolve().parents[2]
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))

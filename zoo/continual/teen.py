@@ -109,11 +109,11 @@ def calibration_direction(
 
 def calibrate_prototypes(
     base: Float[Array, "B d"],
-    new: Float[Array, "n d"],
+    new: Float[Array, "n e"],
     shift_weight: float = 0.5,
     tau: float | Float[Array, ""] = 16.0,
     base_mask: Bool[Array, "B"] | None = None,
-) -> Float[Array, "n d"]:
+) -> Float[Array, "n e"]:
     """The whole method: ``W_n = (1 - shift_weight) c_n + shift_weight D_n`` (brief, session s >= 1).
 
     ``c_n`` and ``D_n`` have unit length, ``W_n`` has not: it matters to dot products, never to cosines.  Rows do not
@@ -121,7 +121,7 @@ def calibrate_prototypes(
 
     Args:
       base: means of un-normalised features of the base classes.
-      new: the same of the new classes.
+      new: the same of the new classes; e must equal d.
       shift_weight: in [0, 1].
       tau: softmax temperature, at least 0.
       base_mask: which rows of ``base`` are base classes; all by default.

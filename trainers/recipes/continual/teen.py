@@ -115,24 +115,19 @@ class Recipe(base.Recipe):
 
             def predict(variables, batch, context):
                 features = embed(variables, batch, context)
-                calibrated = teen.classify(PrototypeBank(**variables["bank"]), features)
-                raw = teen.classify(PrototypeBank(**variables["raw_bank"]), features)
-                return calibrated + capacity * raw  # one pass for both: unpacked below
+                banks = {"calibrated": variables["bank"], "raw": variables["raw_bank"]}
+                return {k: teen.classify(PrototypeBank(**bank), features) for k, bank in banks.items()}
 
-            def compute(confusion):
-                pairs = confusion[:capacity].reshape(capacity, capacity, capacity)  # true, raw, calibrated
-                found = session_metrics(pairs.sum(1), self.base, seen_classes)
-                plain = session_metrics(pairs.sum(2), self.base, seen_classes)
-                groups = [range(self.base)] + [
-                    range(self.base + j * self.way, self.base + (j + 1) * self.way) for j in range(s)
-                ]
-                hits = np.diag(pairs.sum(1))
-                counts = pairs.sum((1, 2))
-                tasks = {f"task{j}": float(hits[g].sum() / counts[g].sum()) for j, g in enumerate(map(list, groups))}
+            def compute(confusions):
+                found = session_metrics(confusions["calibrated"], self.base, seen_classes)
+                plain = session_metrics(confusions["raw"], self.base, seen_classes)
+                edges = [0, *range(self.base, seen_classes + 1, self.way)]
+                hits, counts = np.diag(confusions["calibrated"]), confusions["calibrated"].sum(1)
+                pairs = enumerate(zip(edges[:-1], edges[1:], strict=True))
+                tasks = {f"task{j}": float(hits[a:b].sum() / max(counts[a:b].sum(), 1)) for j, (a, b) in pairs}
                 return {**found, **{f"raw_{k}": plain[k] for k in ("accuracy", "unseen", "harmonic")}, **tasks}
 
-            # labels below capacity, predictions below capacity squared: a square matrix holds both
-            return confusion_evaluation(f"after{s}", held, predict, capacity**2, compute)
+            return confusion_evaluation(f"after{s}", held, predict, ("calibrated", "raw"), capacity, compute)
 
         objective_phase = Train("base", steps, objective, self.optimizer.build(steps), stream)
         phases = few_shot_sessions([objective_phase], fit_base, fit_session, evaluate, sessions)

@@ -46,9 +46,9 @@ class Recipe(base.Recipe):
     """digits (bundled), mixture (generated points), any TFDS image set, or --data.path with an .npz file or a folder"""
     optimizer: Optimizer = Optimizer(name="radam", learning_rate=1e-3)
     """optimiser of the network"""
-    steps: int = 4000
+    steps: int = 6000
     """training steps"""
-    batch_size: int = 256
+    batch_size: int = 128
     """examples per step"""
     average: float = 0.999
     """decay of the averaged weights that are evaluated and exported; training never sees them"""

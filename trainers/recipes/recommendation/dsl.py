@@ -125,8 +125,8 @@ class Recipe(base.Recipe):
             figures=functools.partial(draw_sparsity, maskable=self.maskable()),
             data_fingerprint=dataset.fingerprint,
             summary=lambda m: (
-                f"{self.backbone} at density {m['ranking/density']:.3f}: recall@20 {m['ranking/recall@20']:.3f}, "
-                f"ndcg@20 {m['ranking/ndcg@20']:.3f}, weights ever used {m['ranking/exploration']:.3f}"
+                f"{self.backbone} at density {self.density}: recall@20 {m['ranking/recall@20']:.3f}, "
+                f"ndcg@20 {m['ranking/ndcg@20']:.3f}, weights ever used {m['ranking/ever_nonzero']:.3f}"
             ),
         )
 
@@ -222,10 +222,13 @@ def fields() -> dict[str, str]:
 
 
 def full_ranking(module: nn.Module, dataset: Dataset, maskable: dsl.Maskable) -> Evaluate:
-    """Ranks all items but the known ones for every test user; counts active and ever active weights."""
+    """Ranks all items but the known ones for every test user; counts weights that are, and ever were, not zero.
+
+    Weights that were grown a moment ago are still zero: right after an exploration ``nonzero`` lies below the density.
+    """
 
     def init():
-        return {"ranking": ranking_init(KS), "density": jnp.zeros(()), "exploration": jnp.zeros(())}
+        return {"ranking": ranking_init(KS), "nonzero": jnp.zeros(()), "ever_nonzero": jnp.zeros(())}
 
     def update(seen, variables, batch, context):
         known = batch["seen"] if isinstance(module, MultVAE) else batch["user"]
@@ -233,13 +236,13 @@ def full_ranking(module: nn.Module, dataset: Dataset, maskable: dsl.Maskable) ->
         scores = module.apply(weights, known, method="scores")
         ranking = ranking_update(seen["ranking"], scores, batch["relevant"], batch["seen"], batch["mask"], ks=KS)
         counted = [_masked(variables["params"], maskable), _masked(variables["explored"], maskable)]
-        density, exploration = (
+        nonzero, ever = (
             sum(jnp.sum(w != 0) for w in part.values()) / sum(w.size for w in part.values()) for part in counted
         )
-        return {"ranking": ranking, "density": density, "exploration": exploration}, {}
+        return {"ranking": ranking, "nonzero": nonzero, "ever_nonzero": ever}, {}
 
     def compute(seen):
-        return {**ranking_compute(seen["ranking"]), "density": seen["density"], "exploration": seen["exploration"]}
+        return {**ranking_compute(seen["ranking"]), **{k: seen[k] for k in ("nonzero", "ever_nonzero")}}
 
     return Evaluate("ranking", evaluation_stream(dataset["test"], 64), init, update, compute, weights="params")
 
@@ -257,7 +260,7 @@ def _graph(variables: Mapping) -> dict[str, Any]:
 
 
 def draw_sparsity(variables: Mapping, artefacts: Mapping, workdir: Path, maskable: dsl.Maskable) -> None:
-    """Writes ``sparsity.png``: the pattern of the largest masked tensor, and recall and exploration over the run."""
+    """Writes ``sparsity.png``: the largest masked tensor, and recall and the weights in use over the run."""
     from trainers import plots
 
     weights = _masked(variables["params"], maskable)
@@ -275,12 +278,12 @@ def draw_sparsity(variables: Mapping, artefacts: Mapping, workdir: Path, maskabl
     pattern.set_facecolor("white")
     image = pattern.imshow(shown, aspect="auto", interpolation="nearest", cmap="coolwarm", vmin=-limit, vmax=limit)
     fig.colorbar(image, ax=pattern, label="weight")
-    pattern.set_title(f"{name}: {np.mean(w != 0):.0%} active (white: off)", fontsize=9)
+    pattern.set_title(f"{name}: {np.mean(w != 0):.0%} not zero (white: zero)", fontsize=9)
     pattern.set(xlabel="dimension", ylabel="row (every n-th)")
     steps = [h["step"] for h in history]
     recall.plot(steps, [h["ranking/recall@20"] for h in history], marker=".", color="#3060a0")
     recall.set_title("Recall@20, full ranking", fontsize=9)
-    for key, label, colour in (("density", "active now", "#1baf7a"), ("exploration", "ever active", "#eb6834")):
+    for key, label, colour in (("nonzero", "not zero now", "#1baf7a"), ("ever_nonzero", "ever not zero", "#eb6834")):
         explored.plot(steps, [h[f"ranking/{key}"] for h in history], marker=".", color=colour, label=label)
     explored.set_ylim(0, 1.02)
     explored.set_title("Share of weights", fontsize=9)

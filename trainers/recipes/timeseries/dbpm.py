@@ -268,7 +268,7 @@ def draw_pairs(
     import matplotlib.pyplot as plt
 
     memory = PairMemory(**{k: jnp.asarray(v) for k, v in variables["memory"].items()})
-    stats = jax.device_get(pair_memory_stats(memory, beta_np, beta_fp))
+    stats = pair_memory_stats(memory, beta_np, beta_fp)
     low, high = pair_thresholds(stats.mu, stats.sigma, beta_np, beta_fp)
     means = np.asarray(pair_means(memory))
     kinds = train.get("pair")
