@@ -84,14 +84,14 @@ def _fail(line: str, status: int = 2) -> int:
 
 
 def _nearest(name: str, known: list[str]) -> str:
-    from trainers.names import nearest
+    from trainers.errors import nearest
 
     return nearest(name, known)
 
 
 def _options(argv: list[str], usage: str, flags: tuple[str, ...] = (), values: tuple[str, ...] = (), names: int = 0):
     """A small strict parser for the commands without a recipe: unknown options are errors."""
-    from trainers.recipe import UserError
+    from trainers.errors import UserError
 
     found: dict[str, Any] = dict.fromkeys(flags, False) | dict.fromkeys(values)
     positional: list[str] = []
@@ -119,7 +119,7 @@ def _options(argv: list[str], usage: str, flags: tuple[str, ...] = (), values: t
 
 
 def _count(text: str | None, option: str, default: int) -> int:
-    from trainers.recipe import UserError
+    from trainers.errors import UserError
 
     if text is None:
         return default
@@ -185,7 +185,7 @@ def _show(argv: list[str]) -> int:
 
 
 def _train(argv: list[str]) -> int:
-    from trainers.recipe import UserError
+    from trainers.errors import UserError
 
     if not argv or argv[0] in ("-h", "--help"):
         print("usage: zoo train NAME [--workdir D] [options]; zoo train NAME --help lists the recipe's options")
@@ -298,7 +298,7 @@ def _new(argv: list[str]) -> int:
 
 def capture_parser_errors(parse):
     """Runs a tyro parser; its boxed error text becomes one UserError line."""
-    from trainers.recipe import UserError
+    from trainers.errors import UserError
 
     errors = io.StringIO()
     try:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import signal
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
@@ -16,27 +14,20 @@ import jax.numpy as jnp
 import numpy as np
 
 from trainers import artefacts as artefact_files
-from trainers import resume
+from trainers import resume, stops
+from trainers.errors import Interrupted
 from trainers.evaluation import Evaluator
 from trainers.feed import Feed, host_batch, streams_of
 from trainers.parallel import Parallel, Placement, describe
 from trainers.phases import Alternate, Evaluate, Fit
-from trainers.recipe import Run, UserError
+from trainers.recipe import Run
 from trainers.record import Record
 from trainers.state import TrainState, begin_phase, init_variables
-from trainers.step import make_step, metric_names, phase_key
+from trainers.step import make_step, phase_key
 from trainers.trees import flatten, to_host
 
 AHEAD = 32
 """Dispatches the host may run ahead of the device."""
-
-
-class Diverged(Exception):
-    """A metric became non-finite; the message names the step, the phase and the metric."""
-
-
-class Interrupted(Exception):
-    """The run was asked to stop; the message says whether its state is saved."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,7 +102,7 @@ class Loop:
           Diverged: a metric became non-finite; the last good checkpoint is kept.
           Interrupted: SIGTERM or SIGINT arrived.
         """
-        with self._signals():
+        with stops.signals(self):
             try:
                 state, first, within = self._resume()
                 for number, phase in enumerate(self.run.phases[first:], first):
@@ -182,8 +173,8 @@ class Loop:
                     continue
                 fault = np.asarray(jax.device_get(fault)).reshape(-1, 2)[0]
                 if fault[0] >= 0:
-                    names = metric_names(make_step(phase, epochs), phase, self.place.local(state), self.artefacts)
-                    raise Diverged(self._fault(phase, begun, int(fault[0]), names[int(fault[1])]))
+                    local = self.place.local(state)
+                    raise stops.diverged(phase, epochs, local, self.artefacts, begun, fault, self.folder)
                 if due:
                     values = {k: float(np.ravel(v)[0]) for k, v in jax.device_get(metrics).items()}
                     self.metrics.update({f"{phase.name}/{k}": v for k, v in values.items()})
@@ -232,19 +223,6 @@ class Loop:
         params = changed.pop("params", local.params)
         return self.place.put_state(local.replace(params=params, collections={**local.collections, **changed}))
 
-    def _fault(self, phase: Alternate, begun: Mapping[str, int], step: int, metric: str) -> str:
-        """Writes the batch that broke the run to a file it can be replayed from, and says where."""
-        name = metric.split("/")[0] if len(phase.updates) > 1 else next(iter(phase.updates))
-        update = phase.updates[name]
-        flat = flatten(host_batch(update, begun[name] + step * update.repeats, self.place.process))
-        ids = next((v for k, v in flat.items() if k.split("/")[-1] == "index"), np.zeros(0, int))
-        where = f"; its batch held examples {', '.join(map(str, ids[:6]))}, ..."
-        if self.folder is not None:
-            file = self.folder / f"fault-{phase.name}-{step}.npz"
-            np.savez(file, **{k.replace("/", "."): v for k, v in flat.items()})
-            where += f" and is kept in {file}"
-        return f"{metric} is not finite at step {step} of phase {phase.name!r}{where}"
-
     # ------------------------------------------------------------------------------------- fits and evaluations
 
     def _logged(self, phase: str, step: int, values: Mapping[str, float], prefix: str) -> None:
@@ -292,18 +270,8 @@ class Loop:
         self._logged(phase.name, step, seen, "")
         if phase.stop is None:
             return (self.place.put_state(local) if any(e.commit for e in phase.evaluate) else state), False
-        if phase.stop.metric not in seen:
-            raise UserError(f"early stopping watches {phase.stop.metric!r}; there are {', '.join(sorted(seen))}")
-        value, best = seen[phase.stop.metric], float(local.monitor["best"])
-        better = value > best if phase.stop.higher_is_better else value < best
-        since = 0 if better else int(local.monitor["since"]) + 1
-        monitor = {
-            "value": jnp.float32(value),
-            "evaluations": local.monitor["evaluations"] + 1,
-            "best": jnp.float32(value if better else best),
-            "since": jnp.int32(since),
-        }
-        return self.place.put_state(local.replace(monitor=monitor)), since >= phase.stop.patience
+        monitor, stopped = stops.watch(phase.stop, local.monitor, seen)
+        return self.place.put_state(local.replace(monitor=monitor)), stopped
 
     # --------------------------------------------------------------------------------------- saving and resuming
 
@@ -339,21 +307,3 @@ class Loop:
             name = self.run.phases[meta["phase"]].name
             self.record.note(f"resuming from checkpoint {self.done}: phase {name!r}, step {meta['step']}")
         return state, meta["phase"], meta["phase"] if meta["step"] else None
-
-    @contextlib.contextmanager
-    def _signals(self):
-        """SIGTERM (pre-emption) and SIGINT save at the next step boundary and leave; a second one leaves at once."""
-
-        def ask(number, frame):
-            if self.asked:
-                raise KeyboardInterrupt
-            self.asked = number
-
-        before = {}
-        with contextlib.suppress(ValueError):  # not in the main thread: signals are somebody else's
-            before = {n: signal.signal(n, ask) for n in (signal.SIGTERM, signal.SIGINT)}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)

@@ -21,7 +21,7 @@ def few_shot_sessions(
     evaluate: Callable[[int], Evaluate],
     sessions: int,
 ) -> list[Phase]:
-    """Few-shot class-incremental learning: a base session, then closed-form sessions, each evaluated on all seen classes.
+    """Few-shot class-incremental learning: a base session, then closed-form ones, each evaluated on all seen classes.
 
     Args:
       base: phases that train the encoder.

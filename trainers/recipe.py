@@ -9,11 +9,10 @@ from typing import Any, Literal
 
 import optax
 
+from trainers.errors import UserError
 from trainers.phases import Phase
 
-
-class UserError(Exception):
-    """Something the user can mend: printed as one line, exit status 2, no traceback."""
+__all__ = ["Benchmark", "Data", "Export", "Optimizer", "Recipe", "Run", "UserError"]
 
 
 @dataclasses.dataclass(frozen=True)

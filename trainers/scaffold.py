@@ -6,8 +6,7 @@ import keyword
 import re
 from pathlib import Path
 
-from trainers.names import nearest
-from trainers.recipe import UserError
+from trainers.errors import UserError, nearest
 from zoo.catalogue import FAMILIES, cards
 
 METHOD = '''"""TITLE.

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from trainers.feed import host_batch
+from trainers.gather import fields, gather, share, with_rows
 from trainers.phases import Alternate, Average, Update
 from trainers.state import TrainState, join_params, split_params
-from zoo.base import Context, Shared, batch_rows, named_key, total_loss
-
-ALWAYS_GATHERED = ("index", "mask", "row")
+from zoo.base import Context, named_key, total_loss
 
 
 def phase_key(seed: jax.Array, name: str, step: jax.Array) -> jax.Array:
@@ -39,7 +36,7 @@ def make_step(phase: Alternate, steps_per_epoch: Mapping[str, int], axis_name: s
         for name, update in phase.updates.items():
             for r in range(update.repeats):
                 batch = jax.tree.map(lambda x, r=r: x[r], batches[name])
-                batch = _with_rows(batch, axis_name)
+                batch = with_rows(batch, axis_name)
                 context = Context(
                     rng=phase_key(state.seed, f"{phase.name}/{name}/{r}", state.step),
                     step=state.step,
@@ -50,7 +47,7 @@ def make_step(phase: Alternate, steps_per_epoch: Mapping[str, int], axis_name: s
                 )
                 if phase.prequential is not None and r == 0 and name == next(iter(phase.updates)):
                     seen, mutated = phase.prequential.update(
-                        state.prequential, state.variables, _gather(batch, axis_name), context.replace(train=False)
+                        state.prequential, state.variables, gather(batch, axis_name), context.replace(train=False)
                     )
                     kept = {**state.collections, **mutated} if phase.prequential.commit else state.collections
                     state = state.replace(prequential=seen, collections=kept)
@@ -86,36 +83,17 @@ def make_step(phase: Alternate, steps_per_epoch: Mapping[str, int], axis_name: s
     return step
 
 
-def metric_names(step, phase: Alternate, state: TrainState, artefacts) -> list[str]:
-    """The step's metric names in the order they are computed, which is how ``state.fault`` counts them."""
-    names: list[str] = []
-
-    def traced(*args):
-        out = step(*args)
-        names.extend(out[1])
-        return out
-
-    batches = {n: jax.tree.map(lambda x: x[None], _repeat(u)) for n, u in phase.updates.items()}
-    jax.eval_shape(traced, state, batches, artefacts, 1)
-    return names
-
-
-def _repeat(update: Update):
-    row = host_batch(update, 0)
-    return jax.tree.map(lambda x: jnp.stack([jnp.asarray(x)] * update.repeats), row)
-
-
 def _update(state: TrainState, name: str, update: Update, batch, context: Context, axis_name):
     objective = update.objective
     trained, frozen = split_params(state.params, update.trainable)
     if objective.select is not None:  # pairs are chosen across the global batch, each device then takes its share
-        batch = _share(objective.select(_gather(batch, axis_name), context), axis_name)
+        batch = share(objective.select(gather(batch, axis_name), context), axis_name)
 
     def scalar(trained):
         variables = {"params": join_params(trained, frozen), **state.collections}
         outputs, mutated = objective.forward(variables, batch, context)
-        outputs = _gather(outputs, axis_name)
-        whole = _gather(_fields(batch, objective.gathers), axis_name)
+        outputs = gather(outputs, axis_name)
+        whole = gather(fields(batch, objective.gathers), axis_name)
         known = context.replace(outputs=outputs, batch=whole, collections=state.collections)
         loss = objective.loss(outputs, whole, known.replace(outputs=None))
         total, loss_state, metrics = total_loss(loss, update.loss_transform, state.loss[name], known, objective.reduce)
@@ -148,43 +126,3 @@ def _averaged(average: Average, state: TrainState):
     decay = jnp.float32(average.decay) if average.decay is not None else 1.0 - 1.0 / jnp.maximum(count, 1.0)
     decay = jnp.where(count <= 0, 0.0, decay)  # before the start the average is the weights themselves
     return jax.tree.map(lambda a, p: (decay * a + (1 - decay) * p).astype(a.dtype), state.average, state.params)
-
-
-def _is_batch(tree: Any) -> bool:
-    return isinstance(tree, Mapping) and not any(isinstance(v, Mapping) for v in tree.values())
-
-
-def _with_rows(batch, axis_name):
-    # the global row of each example: what per-example randomness is derived from
-    if not _is_batch(batch):
-        return {k: _with_rows(v, axis_name) for k, v in batch.items()}
-    rows = jnp.arange(batch_rows(batch), dtype=jnp.int32)
-    if axis_name is not None:
-        rows = rows + jax.lax.axis_index(axis_name) * batch_rows(batch)
-    return {**batch, "row": rows}
-
-
-def _fields(batch, wanted: tuple[str, ...] | None):
-    if not _is_batch(batch):
-        return {k: _fields(v, wanted) for k, v in batch.items()}
-    return {k: v for k, v in batch.items() if wanted is None or k in wanted or k in ALWAYS_GATHERED}
-
-
-def _gather(tree, axis_name):
-    if axis_name is None:
-        return tree
-
-    def gather(x):
-        if isinstance(x, Shared) or jnp.ndim(x) == 0:
-            return x
-        return jax.lax.all_gather(x, axis_name, axis=0, tiled=True)
-
-    return jax.tree.map(gather, tree, is_leaf=lambda x: isinstance(x, Shared))
-
-
-def _share(tree, axis_name):
-    if axis_name is None:
-        return tree
-    devices, rank = jax.lax.axis_size(axis_name), jax.lax.axis_index(axis_name)
-    take = lambda x: jax.lax.dynamic_slice_in_dim(x, rank * (x.shape[0] // devices), x.shape[0] // devices)  # noqa: E731
-    return jax.tree.map(take, tree)

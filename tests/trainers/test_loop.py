@@ -11,8 +11,9 @@ import pytest
 import toy
 
 from data.stream import ArrayStream, evaluation_stream, sequential, training_stream
+from trainers.errors import Diverged
 from trainers.evaluation import accuracy, mean_metrics
-from trainers.loop import Diverged, Loop, Settings
+from trainers.loop import Loop, Settings
 from trainers.parallel import Parallel
 from trainers.phases import Alternate, Average, Evaluate, Fit, FitResult, Stop, Train, Update
 from trainers.recipe import Optimizer, Run, UserError

@@ -11,7 +11,7 @@ import toy
 import unkillable
 
 from checkpoints.store import Store
-from trainers.loop import Interrupted
+from trainers.errors import Interrupted
 from trainers.parallel import Parallel
 from trainers.trees import flatten, to_host
 

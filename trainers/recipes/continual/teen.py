@@ -31,8 +31,8 @@ from zoo.nn.resnet import ResNet
 class Recipe(base.Recipe):
     """Trains an encoder on the base classes, then adds classes a few shots at a time without training.
 
-    The defaults use the bundled digits: 6 base classes, then 2 sessions of 2 classes with 5 shots. The paper's CIFAR-100
-    setting is --data.name cifar100 --base 60 --way 5 --encoder resnet20 --epochs 600 --shift-weight 0.1
+    The defaults use the bundled digits: 6 base classes, then 2 sessions of 2 classes with 5 shots. The paper's
+    CIFAR-100 setting is --data.name cifar100 --base 60 --way 5 --encoder resnet20 --epochs 600 --shift-weight 0.1
     --optimizer.name nesterov --optimizer.learning-rate 0.1 --optimizer.schedule cosine --optimizer.weight-decay 5e-4.
     """
 
@@ -156,7 +156,7 @@ class Recipe(base.Recipe):
             raise UserError(f"--way {self.way}, --shot {self.shot} and --epochs {self.epochs} must be at least 1")
         if not 1 <= self.base <= classes - self.way:
             raise UserError(
-                f"--base {self.base} leaves no session of --way {self.way} among the {classes} classes of {data.name!r}; "
+                f"--base {self.base} leaves no session of --way {self.way} among the {classes} classes; "
                 f"choose at most {classes - self.way}"
             )
         try:

@@ -284,8 +284,9 @@ def draw_pairs(
         if math.isfinite(at):
             left, right = min(left, at), max(right, at)
             axes.axvline(at, color="0.25", lw=1, ls="--")
-            note = f" flagged {name}: {int(flags.sum())}"
-            axes.text(at, 0.98, note, transform=axes.get_xaxis_transform(), va="top", fontsize=8, rotation=90)
+            place = {"xycoords": axes.get_xaxis_transform(), "textcoords": "offset points", "rotation": 90}
+            note = f"flagged {name}: {int(flags.sum())}"
+            axes.annotate(note, (at, 0.98), (3, 0), va="top", fontsize=8, **place)
     pad = 0.05 * (right - left)
     axes.set(
         xlim=(left - pad, right + pad), xlabel="mean loss of an instance over the epochs (nats)", ylabel="instances"
