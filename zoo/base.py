@@ -10,14 +10,13 @@ from __future__ import annotations
 import dataclasses
 import difflib
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
-Unit = Literal["example", "pair", "triplet", "token"]
 UNITS: dict[str, int] = {"example": 1, "pair": 2, "triplet": 3, "token": 2}
 """Columns of ``Elements.index`` for each unit: rows of the global batch (for a token: row and position)."""
 
@@ -133,7 +132,7 @@ def example_elements(values: Float[Array, b], batch: Batch) -> Elements:
     return Elements(values=jnp.where(mask, values, 0.0), index=index, mask=mask, unit="example")
 
 
-def elements(values: Array, index: Array, mask: Array, unit: Unit) -> Elements:
+def elements(values: Array, index: Array, mask: Array, unit: str) -> Elements:
     """Elements of any unit, checked: ``index`` must have the unit's number of columns.
 
     Raises:
@@ -172,7 +171,7 @@ REDUCERS: dict[str, Callable[[Elements], Array]] = {
 }
 
 
-def to_examples(e: Elements, rows: int, how: Literal["mean", "sum"] = "mean") -> Elements:
+def to_examples(e: Elements, rows: int, how: str = "mean") -> Elements:
     """Reduces elements of any unit to one per example, by their anchor (the first column of ``index``).
 
     Args:
@@ -224,7 +223,7 @@ class Objective:
     init: Callable[[Array, Batch], Variables]
     forward: Callable[[Variables, Batch, Context], tuple[Any, Variables]]
     loss: Callable[[Any, Batch, Context], Loss]
-    unit: Unit = "example"
+    unit: str = "example"
     provides: tuple[str, ...] = ()
     select: Callable[[Batch, Context], Batch] | None = None
     after_step: Callable[[Variables, Any, Batch, Context], Variables] | None = None
@@ -264,7 +263,7 @@ def identity() -> LossTransformation:
     return LossTransformation(lambda n: (), lambda e, s, c: (e, s), name="identity")
 
 
-def examples(how: Literal["mean", "sum"] = "mean") -> LossTransformation:
+def examples(how: str = "mean") -> LossTransformation:
     """Reduces any unit to examples, so that per-example transformations can follow in a chain."""
 
     def update(e, state, context):
