@@ -1,0 +1,54 @@
+"""Heads that sit on an encoder during pretraining."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax.numpy as jnp
+from flax import linen as nn
+from jaxtyping import Array, Bool, Float
+
+
+class ProjectionHead(nn.Module):
+    """A multi-layer perceptron from features to the space where a contrastive loss compares them (SimCLR's g).
+
+    Attributes:
+      hidden: sizes of the hidden layers, each followed by ReLU.
+      features: size of the result.
+      dtype: of the computation.
+    """
+
+    hidden: tuple[int, ...] = (512,)
+    features: int = 256
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, h: Float[Array, "b d"]) -> Float[Array, "b f"]:
+        """``[B, d] -> [B, features]``."""
+        h = h.astype(self.dtype)
+        for i, width in enumerate(self.hidden, start=1):
+            h = nn.relu(nn.Dense(width, dtype=self.dtype, name=f"hidden{i}")(h))
+        return nn.Dense(self.features, dtype=self.dtype, name="out")(h)
+
+
+class WithHead(nn.Module):
+    """An encoder and the head on it; its parameters lie under ``encoder`` and ``head``.
+
+    Attributes:
+      body: ``(x, train, mask) -> h [B, d]``, with an ``axis_name`` of its own.
+      projection: ``(h) -> z [B, f]``.
+      axis_name: handed on to the encoder.
+    """
+
+    body: nn.Module
+    projection: nn.Module
+    axis_name: str | None = None
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "b *dims"], train: bool = False, mask: Bool[Array, "b"] | None = None
+    ) -> Float[Array, "b f"]:
+        """``[B, ...] -> [B, f]``: what the head makes of the encoder's features."""
+        # copies, because the axis is known only where the step is built
+        encoder = self.body.copy(name="encoder", axis_name=self.axis_name)
+        return self.projection.copy(name="head")(encoder(x, train, mask))
