@@ -1,0 +1,262 @@
+"""Exported models that say what they are: weights, the definition that reads them, the card, and where they come from.
+
+    save_model("runs/ict/model", definition, variables, card, info)
+    model = load_model("runs/ict/model")
+    model.apply(x)                              # if the definition is a Linen module
+    model.variables, model.definition, model.card, model.info
+
+On disk: ``weights/`` (an Orbax PyTree checkpoint of the flat variables) and ``model.json`` (plain text).  Nothing else
+is needed to load one: neither the recipe nor its data.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import platform
+import subprocess
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+from flax import traverse_util
+
+from checkpoints.arrays import (
+    DamagedError,
+    StoreError,
+    abstract_of,
+    check_files,
+    describe,
+    file_sizes,
+    json_text,
+    one_line,
+    read_arrays,
+    saveable,
+    write_text,
+)
+from checkpoints.definition import ModelError, decode, encode
+
+__all__ = ["Model", "ModelError", "load_model", "save_model"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """An exported model.
+
+    Attributes:
+      definition: a Linen module, or a configuration that the method's functions take.
+      variables: nested dicts of arrays.
+      info: recipe, data fingerprint, git revision, versions, claim, constants' fingerprint, as far as they were given.
+      card: the method's card.
+    """
+
+    definition: Any
+    variables: Mapping[str, Any]
+    info: Mapping[str, Any]
+    card: Mapping[str, Any]
+
+    def apply(self, *args, **kwargs) -> Any:
+        """``definition.apply(variables, ...)`` of a Linen module.
+
+        Raises:
+          ModelError: the definition is a configuration; call the method's functions with it and the variables.
+        """
+        if not hasattr(self.definition, "apply"):
+            name = type(self.definition).__name__
+            raise ModelError(
+                f"{name} is a configuration without apply(); hand it and .variables to the method's functions"
+            )
+        return self.definition.apply(self.variables, *args, **kwargs)
+
+
+def save_model(
+    directory: Path | str,
+    definition: Any,
+    variables: Mapping[str, Any],
+    card: Mapping[str, Any],
+    info: Mapping[str, Any],
+) -> None:
+    """Writes a model at once: under a temporary name beside ``directory``, then renamed; an older model is replaced.
+
+    With several processes the first one writes and nobody waits; the others may call it or not.
+
+    Args:
+      directory: where to.
+      definition: a frozen dataclass or Linen module of an importable package; see :mod:`checkpoints.definition`.
+      variables: nested dicts of arrays (64-bit ones become 32-bit unless jax's x64 is on).
+      card, info: plain facts; versions, git revision and the fingerprint of ``variables["constants"]`` are added to
+        ``info`` where it lacks them.
+
+    Raises:
+      ModelError: a definition or variables that cannot be written.
+      StoreError: the place cannot be written, or holds something that is not a model.
+    """
+    if jax.process_index() != 0:
+        return
+    flat, empty = _flatten(variables)
+    info = {**info}
+    info.setdefault("versions", versions())
+    info.setdefault("git_revision", git_revision())
+    info.setdefault("constants_fingerprint", fingerprint({p: x for p, x in flat.items() if p.startswith("constants/")}))
+    document = {
+        "format": 1,
+        "definition": encode(definition),
+        "card": dict(card),
+        "info": info,
+        "empty": empty,
+        "leaves": describe(flat),
+    }
+    try:
+        json_text(document)
+    except (TypeError, ValueError) as error:
+        raise ModelError(f"card and info must be JSON: {one_line(error)}") from None
+    place = epath.Path(directory)
+    temporary, old = place.parent / f".{place.name}.saving", place.parent / f".{place.name}.replaced"
+    try:
+        if place.exists() and not (place / "model.json").exists() and any(place.iterdir()):
+            raise FileExistsError(f"{place} holds something that is not a model")
+        if old.exists() and not place.exists():  # killed between the two renames
+            old.rename(place)
+        for leftover in (temporary, old):
+            if leftover.exists():
+                leftover.rmtree()
+        temporary.mkdir(parents=True)
+        _write_arrays(temporary / "weights", flat)
+        write_text(temporary / "model.json", json_text({**document, "files": file_sizes(temporary / "weights")}))
+        if place.exists():
+            place.rename(old)
+        temporary.rename(place)
+        if old.exists():
+            old.rmtree()
+    except Exception as error:
+        raise StoreError(f"cannot write the model to {place}: {one_line(error)}") from error
+
+
+def load_model(directory: Path | str, trust: str | tuple[str, ...] = (), sharding: Any = None) -> Model:
+    """Reads a model; needs neither its recipe nor its data.
+
+    Args:
+      directory: what :func:`save_model` wrote.
+      trust: packages besides ``zoo`` whose classes may be imported and made.
+      sharding: where the variables go; default: the first device.
+
+    Raises:
+      ModelError: not a model, or pieces of it are unknown, missing or not trusted.
+      DamagedError: truncated, unreadable or altered.
+    """
+    place = epath.Path(directory)
+    document = read_document(place)
+    definition = decode(document["definition"], (trust,) if isinstance(trust, str) else tuple(trust))
+    flat = read_flat(place, document, sharding)
+    for path in document["empty"]:
+        flat[path] = traverse_util.empty_node
+    variables = traverse_util.unflatten_dict(flat, sep="/")
+    return Model(definition, variables, document["info"], document["card"])
+
+
+def read_document(place: epath.Path) -> dict[str, Any]:
+    """The ``model.json`` of a model; raises as :func:`load_model`."""
+    path = place / "model.json"
+    if not path.exists():
+        there = "holds no model.json" if place.exists() else "does not exist"
+        raise ModelError(f"no model in {place}: it {there}")
+    try:
+        document = json.loads(path.read_text())
+        missing = {"format", "definition", "card", "info", "empty", "leaves", "files"} - set(document)
+    except (OSError, ValueError, TypeError) as error:
+        raise DamagedError(f"{path}: unreadable ({one_line(error)})") from error
+    if missing:
+        raise ModelError(f"{path} lacks {', '.join(sorted(missing))}")
+    if document["format"] != 1:
+        raise ModelError(f"{path} has format {document['format']}; this version reads format 1")
+    return document
+
+
+def read_flat(place: epath.Path, document: Mapping[str, Any], sharding: Any = None) -> dict[str, jax.Array]:
+    """The flat variables of a model; raises as :func:`load_model`."""
+    leaves = document["leaves"]
+    check_files(place / "weights", document["files"])
+    abstract = {p: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding) for p, x in abstract_of(leaves).items()}
+    return read_arrays(place / "weights", leaves, abstract)
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that weights depend on."""
+    found = {"python": platform.python_version()}
+    for package in ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "kindred-zoo"):
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def git_revision(folder: Path | None = None) -> str | None:
+    """The revision of the source tree, ``+`` behind it if there were changes; ``None`` outside a repository."""
+    folder = folder or Path(__file__).resolve().parent
+
+    def git(*command: str) -> str:
+        command = ("git", "-C", str(folder), *command)
+        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+
+    try:
+        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def fingerprint(flat: Mapping[str, Any]) -> str | None:
+    """A short checksum of names, shapes, dtypes and contents of arrays; ``None`` for none, or arrays of other hosts."""
+    if not flat or not all(x.is_fully_addressable for x in flat.values()):
+        return None
+    digest = hashlib.sha256()
+    for path in sorted(flat):
+        array = np.ascontiguousarray(jax.device_get(flat[path]))
+        digest.update(f"{path}{array.shape}{array.dtype}".encode())
+        digest.update(array.tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _write_arrays(folder: epath.Path, flat: Mapping[str, jax.Array]) -> None:
+    import orbax.checkpoint as ocp
+
+    # this process alone: no barrier at which the others would be missing
+    alone = ocp.options.MultiprocessingOptions(
+        primary_host=0, active_processes={0} if jax.process_count() > 1 else None, barrier_sync_key_prefix="model"
+    )
+    handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=alone)
+    with ocp.Checkpointer(handler, multiprocessing_options=alone) as checkpointer:
+        checkpointer.save(folder, args=ocp.args.PyTreeSave(jax.device_get(saveable(flat))))
+
+
+def _flatten(variables: Mapping[str, Any]) -> tuple[dict[str, jax.Array], list[str]]:
+    # flat arrays, and the paths of empty dicts, which a flat tree cannot hold
+    flat, empty = {}, []
+
+    def walk(node: Any, path: tuple[str, ...]) -> None:
+        where = "/".join(path) or "variables"
+        if isinstance(node, Mapping):
+            for name, child in node.items():
+                if not isinstance(name, str) or "/" in name or not name:
+                    raise ModelError(f"{where}: names must be strings without '/', got {name!r}")
+                walk(child, (*path, name))
+            if not node and path:
+                empty.append(where)
+        elif isinstance(node, (jax.Array, np.ndarray, np.generic, int, float)) and path:
+            array = node if isinstance(node, jax.Array) else np.asarray(node)
+            if array.dtype.kind in "OSU":
+                raise ModelError(f"{where}: arrays of {array.dtype} cannot be saved")
+            flat[where] = array if isinstance(array, jax.Array) else jnp.asarray(array)
+            if not flat[where].is_fully_addressable:
+                raise ModelError(f"{where} is spread over several processes; gather it before it is exported")
+        else:
+            raise ModelError(f"{where}: variables must be nested dicts of arrays, got a {type(node).__name__}")
+
+    walk(variables, ())
+    return flat, empty
