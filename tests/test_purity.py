@@ -46,7 +46,12 @@ def violations(room, text, name):
             yield f"{name}:{line} {room}/ may not import {module}"
         if room == "zoo" and top in NOT_IN_ZOO:
             yield f"{name}:{line} zoo/ is pure, yet imports {module}"
-        if room == "checkpoints" and top == "zoo" and module not in ("zoo", "zoo.nn") and not module.startswith("zoo.nn."):
+        if (
+            room == "checkpoints"
+            and top == "zoo"
+            and module not in ("zoo", "zoo.nn")
+            and not module.startswith("zoo.nn.")
+        ):
             yield f"{name}:{line} checkpoints/ may import zoo.nn only, not {module}"
     if room == "zoo":
         for node in ast.walk(tree):

@@ -43,7 +43,7 @@ def gather(tree, axis_name):
     def gather(x):
         if isinstance(x, Shared) or jnp.ndim(x) == 0:
             return x
-        return jax.lax.allgather(x, axis_name, axis=0, tiled=True)
+        return jax.lax.all_gather(x, axis_name, axis=0, tiled=True)
 
     return jax.tree.map(gather, tree, is_leaf=lambda x: isinstance(x, Shared))
 

@@ -169,7 +169,7 @@ def test_objectives_refuse_unknown_units_and_reducers():
     with pytest.raises(ValueError, match="got 'quad'"):
         host("quad")
     with pytest.raises(ValueError, match="reduce must be one of"):
-        Objective(None, None, None, reduce="median")
+        Objective(lambda r, b: {}, lambda v, b, c: ({}, {}), lambda o, b, c: Loss(None), reduce="median")
 
 
 def test_elements_survive_jax_transformations():
