@@ -94,9 +94,11 @@ class ArrayStream:
         set_(self, "_epoch", (-1, None))
 
     def _ids(self, epoch: int) -> np.ndarray:
-        if self._epoch[0] != epoch:
-            object.__setattr__(self, "_epoch", (epoch, np.asarray(self.order(epoch), np.int64)))
-        return self._epoch[1]
+        known, ids = self._epoch
+        if known != epoch:  # returned from here, not from the cache: another thread may stand in another epoch
+            ids = np.asarray(self.order(epoch), np.int64)
+            object.__setattr__(self, "_epoch", (epoch, ids))
+        return ids
 
     def batch(self, position: int, process: Process = (0, 1)) -> Batch:
         """Batch ``position`` (or this process's slice of it); see :class:`Stream`."""

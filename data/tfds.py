@@ -194,17 +194,16 @@ def quiet() -> Iterator[None]:
     """
     from absl import logging as absl_logging
 
-    before, retries = absl_logging.get_verbosity(), logging.getLogger("urllib3.connectionpool")
-    level = retries.level
+    before = absl_logging.get_verbosity()
     absl_logging.set_verbosity(absl_logging.ERROR)
-    retries.setLevel(logging.ERROR)
+    # stays: its threads go on trying after the first error has ended the preparation
+    logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)
     sys.modules["tensorflow_datasets"].disable_progress_bar()
     try:
         with contextlib.redirect_stdout(sys.stderr):
             yield
     finally:
         absl_logging.set_verbosity(before)
-        retries.setLevel(level)
 
 
 @contextlib.contextmanager

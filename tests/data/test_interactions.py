@@ -90,12 +90,14 @@ def some(seed=0, users=20, items=30):
     )
 
 
-def test_random_holdout_takes_a_share_of_each_user_and_never_all():
+@pytest.mark.parametrize("share", [0.3, 0.9])
+def test_random_holdout_takes_a_share_of_each_user_and_never_all(share):
     data = some()
-    held = ia.random_holdout(data, 0, 0.3)
+    held = ia.random_holdout(data, 0, share)
     for u in range(20):
         n = (data.user == u).sum()
-        assert held[data.user == u].sum() == min(round(0.3 * n), n - 1)
+        assert held[data.user == u].sum() == min(round(share * n), n - 1)
+    held = ia.random_holdout(data, 0, 0.3)
     assert (ia.random_holdout(data, 0, 0.3) == held).all() and (ia.random_holdout(data, 1, 0.3) != held).any()
     with pytest.raises(DataError, match="fraction must be in"):
         ia.random_holdout(data, 0, 1.0)
