@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import math
 import os
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,53 +31,129 @@ A functional JAX zoo of methods that learn, compare, compress and search represe
 
 def main(argv: list[str] | None = None) -> None:
     """Entry point: exits 0, or 2 with one line for anything the user can mend."""
-    argv = list(sys.argv[1:] if argv is None else argv)
-    with contextlib.suppress(BrokenPipeError):
-        sys.exit(_run(argv))
+    status = _run(list(sys.argv[1:] if argv is None else argv))
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        _hush()
+    sys.exit(status)
 
 
 def _run(argv: list[str]) -> int:
     commands = {
         "list": _list, "show": _show, "train": _train, "eval": _eval, "claim": _claim, "bench": _bench, "new": _new,
     }  # fmt: skip
-    if not argv or argv[0] in ("-h", "--help", "help"):
-        print(USAGE, end="")
-        return 0
-    if argv[0] == "--version":
-        import zoo
-
-        print(zoo.__version__)
-        return 0
-    if argv[0] not in commands:
-        return _fail(f"unknown command {argv[0]!r}; {_nearest(argv[0], list(commands))}")
-    if os.environ.get("ZOO_TRACEBACK"):
-        return commands[argv[0]](argv[1:])
     try:
+        if not argv or argv[0] in ("-h", "--help", "help"):
+            print(USAGE, end="")
+            return 0
+        if argv[0] == "--version":
+            import zoo
+
+            print(zoo.__version__)
+            return 0
+        if argv[0] not in commands:
+            return _fail(f"unknown command {argv[0]!r}; {_nearest(argv[0], list(commands))}")
         return commands[argv[0]](argv[1:])
+    except BrokenPipeError:  # `zoo list | head -1`: the reader has what it wanted
+        _hush()
+        return 0
+    except SystemExit as stop:  # --help of a parser
+        return int(stop.code or 0)
     except KeyboardInterrupt:
         return _fail("interrupted", 130)
-    except OSError as error:
-        return _fail(f"{error.filename or 'file system'}: {error.strerror}" if error.strerror else str(error))
     except Exception as error:  # what the user can mend is one line; anything else is ours and keeps its traceback
-        if _is_users(error):
-            return _fail(str(error), getattr(error, "exit_status", 2))
-        raise
+        line = None if os.environ.get("ZOO_TRACEBACK") else _one_line(error)
+        if line is None:
+            raise
+        return _fail(line, getattr(error, "exit_status", 2))
 
 
-def _is_users(error: Exception) -> bool:
-    kinds = {"UserError", "DataError", "CheckpointError", "StoreError", "CompositionError", "ModelError", "Diverged"}
+USERS = {"UserError", "DataError", "CheckpointError", "MergeError", "CompositionError", "ModelError", "Diverged"}
+"""Errors, by name so that nothing heavy is imported, whose message is written for the user."""
+
+
+def _one_line(error: Exception) -> str | None:
+    """What to tell the user about an error that she can mend; ``None`` for one that is ours."""
     names = {k.__name__ for k in type(error).__mro__}
-    return bool(names & (kinds | {"Interrupted"})) or (isinstance(error, ValueError) and _raised_by_us(error))
+    if names & (USERS | {"StoreError", "Interrupted"}):
+        full = _errno_of(error)
+        return f"{error}{'' if full is None or full in str(error) else f' ({full})'}"
+    if isinstance(error, OSError):
+        what = f"{error.filename}: " if error.filename else ""
+        return f"{what}{error.strerror or error}" if not isinstance(error, ConnectionError) else f"no connection: {error}"
+    if isinstance(error, (ValueError, KeyError)) and _raised_by_us(error):
+        return str(error.args[0]) if error.args else None
+    if "Unable to initialize backend" in str(error):
+        return f"--platform: {str(error).split(' (you may')[0]}"
+    if type(error).__name__ == "JaxRuntimeError" and "RESOURCE_EXHAUSTED" in str(error):
+        return "the device is out of memory; lower --batch-size, or spread the run with --fsdp"
+    return None
+
+
+def _errno_of(error: BaseException) -> str | None:
+    """The file system's own words below a wrapped error, such as "No space left on device"."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return error.strerror if isinstance(error, OSError) else None
 
 
 def _raised_by_us(error: Exception) -> bool:
-    """Whether our own code raised it on purpose, rather than a library deep below."""
+    """Whether a ``raise`` statement of this package made it, rather than a library below or a slip of ours."""
+    import linecache
+
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next
-    file = Path(trace.tb_frame.f_code.co_filename) if trace else Path()
+    if trace is None:
+        return False
+    file = Path(trace.tb_frame.f_code.co_filename)
     root = Path(__file__).resolve().parent.parent
-    return any(root / room in file.parents for room in ("zoo", "data", "checkpoints", "trainers"))
+    ours = any(root / room in file.parents for room in ("zoo", "data", "checkpoints", "trainers"))
+    return ours and linecache.getline(str(file), trace.tb_lineno).lstrip().startswith("raise ")
+
+
+def _hush() -> None:
+    """Nobody reads standard output any more: Python must not complain about it when it exits."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def prepare_jax(platform: str | None) -> None:
+    """Settings of jax for a command: the platform, and a compilation cache that stores small programs too.
+
+    JAX's own thresholds would store nothing of recipes like ours.  What the environment says is left as it is.
+    """
+    import importlib.util
+
+    import jax
+
+    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    settings = {
+        "jax_compilation_cache_dir": str(root / "kindred-zoo" / "compiled"),
+        "jax_persistent_cache_min_compile_time_secs": 0,
+        "jax_persistent_cache_min_entry_size_bytes": 0,
+    }
+    if importlib.util.find_spec("filelock"):  # jax needs it to keep a bound, and refuses to cache without
+        settings["jax_compilation_cache_max_size"] = 2 << 30
+    for name, value in settings.items():
+        if name.upper() not in os.environ:
+            jax.config.update(name, value)
+    if platform:
+        jax.config.update("jax_platforms", {"gpu": "cuda"}.get(platform, platform))
+
+
+def _print_json(found: Any) -> None:
+    """One JSON document on standard output; what is not finite is null, as JSON has no word for it."""
+    print(json.dumps(_finite(found), indent=1, allow_nan=False))
+
+
+def _finite(found: Any) -> Any:
+    if isinstance(found, dict):
+        return {k: _finite(v) for k, v in found.items()}
+    if isinstance(found, (list, tuple)):
+        return [_finite(v) for v in found]
+    return None if isinstance(found, float) and not math.isfinite(found) else found
 
 
 def _fail(line: str, status: int = 2) -> int:
@@ -104,8 +182,10 @@ def _options(argv: list[str], usage: str, flags: tuple[str, ...] = (), values: t
         key, equals, value = arg[2:].partition("=") if arg.startswith("--") else ("", "", "")
         if key in flags and not equals:
             found[key] = True
+        elif key in flags:
+            raise UserError(f"--{key} takes no value, got {value!r}")
         elif key in values:
-            if not equals and not rest:
+            if not equals and (not rest or rest[0].startswith("--")):
                 raise UserError(f"--{key} needs a value; {usage}")
             found[key] = value if equals else rest.pop(0)
         elif arg.startswith("-"):
@@ -138,7 +218,7 @@ def _list(argv: list[str]) -> int:
     cards = zoo.cards(o["family"])
     if o["json"]:
         keys = ("name", "family", "title", "year", "kind", "plugs_into", "claim")
-        print(json.dumps([{k: c.to_dict()[k] for k in keys} for c in cards], indent=1))
+        _print_json([{k: c.to_dict()[k] for k in keys} for c in cards])
         return 0
     width = max((len(c.name) for c in cards), default=4)
     for c in cards:
@@ -157,7 +237,7 @@ def _show(argv: list[str]) -> int:
     pieces = [(p, *piece_signature(c, p)) for p in c.pieces]
     if o["json"]:
         described = [{"piece": p, "signature": s, "summary": d} for p, s, d in pieces]
-        print(json.dumps({**c.to_dict(), "pieces": described}, indent=1))
+        _print_json({**c.to_dict(), "pieces": described})
         return 0
     fill = lambda text, indent="  ": textwrap.fill(text, 100, initial_indent=indent, subsequent_indent=indent)  # noqa: E731
     print(f"{c.name}: {c.title} ({c.year})\n{c.family}, {c.kind}\n")
@@ -184,38 +264,46 @@ def _show(argv: list[str]) -> int:
 # --------------------------------------------------------------------------------------------------------- train
 
 
+TRAIN_USAGE = """usage: zoo train NAME [--workdir D] [options]
+
+Runs a method's recipe, offline and on embedded data unless told otherwise, and leaves in D (runs/NAME if not given)
+metrics.jsonl, curves.png, TensorBoard events, checkpoints and an exported model.  A run found in D is resumed.
+
+  zoo train NAME --help         the options of a recipe
+  zoo train NAME --data help    the data fields it needs
+  zoo list                      the methods
+"""
+
+
 def _train(argv: list[str]) -> int:
     from trainers.errors import UserError
 
-    if not argv or argv[0] in ("-h", "--help"):
-        print("usage: zoo train NAME [--workdir D] [options]; zoo train NAME --help lists the recipe's options")
-        return 0 if argv else 2
+    if argv[:1] in (["-h"], ["--help"]):
+        print(TRAIN_USAGE, end="")
+        return 0
+    if not argv or argv[0].startswith("-"):
+        raise UserError("zoo train needs a method's name first: zoo train NAME [options]; zoo list names them")
     name, rest = argv[0], argv[1:]
     import zoo
 
     zoo.card(name)  # an unknown name answers before jax is imported
-    from trainers.options import RunOptions, parse, prepare_jax
-
-    if rest[:2] == ["--data", "help"]:
+    if "--data=help" in rest or ("--data", "help") in zip(rest, rest[1:], strict=False):
         from trainers.run import recipe_module
 
         for field, meaning in recipe_module(name).fields().items():
             print(f"{field:12}  {meaning}")
         return 0
-    early = {k: rest[rest.index(k) + 1] for k in ("--devices", "--platform") if k in rest[:-1]}
-    prepare_jax(early.get("--platform"))
+    from trainers.options import RunOptions, parse
     from trainers.run import recipe_module, train
 
     recipe, options = parse(recipe_module(name).Recipe, RunOptions, rest, f"zoo train {name}")
+    prepare_jax(options.platform)
     workdir = Path(options.workdir or Path("runs") / name)
     settings, init, source = options.settings(), *options.initialiser()
-    try:
-        summary = train(
-            name, recipe, workdir, settings,
-            keep=options.keep, progress=options.progress, init=init, initialised_from=source,
-        )  # fmt: skip
-    except UserError:
-        raise
+    summary = train(
+        name, recipe, workdir, settings,
+        keep=options.keep, progress=options.progress, init=init, initialised_from=source,
+    )  # fmt: skip
     if summary.get("already"):
         print(f"{workdir}: this run is complete; evaluate it with: zoo eval {workdir}", file=sys.stderr)
     if summary.get("summary"):
@@ -227,15 +315,13 @@ def _train(argv: list[str]) -> int:
 
 def _eval(argv: list[str]) -> int:
     (folder,), o = _options(argv, "usage: zoo eval D [--json]", ("json",), names=1)
-    from trainers.options import prepare_jax
-
     prepare_jax(None)
     from trainers.evaluate_run import evaluate_folder
 
     with contextlib.redirect_stdout(sys.stderr):
         found = evaluate_folder(Path(folder))
     if o["json"]:
-        print(json.dumps(found, indent=1))
+        _print_json(found)
         return 0
     print(f"{found['method']} from {found['folder']} ({found['weights']})")
     for k, v in found["metrics"].items():
@@ -253,17 +339,17 @@ def _claim(argv: list[str]) -> int:
 
     card = zoo.card(name)
     seeds = _count(o["seeds"], "seeds", card.claim.seeds)
-    from trainers.options import prepare_jax
-
+    folder = Path(o["output"] or "runs/claims")
     prepare_jax(None)
     from trainers import claims
+    from trainers.run import make_writable
 
+    make_writable(folder, "--output")  # before minutes of work, not after
     with contextlib.redirect_stdout(sys.stderr):
         found = claims.run_claim(card, seeds, lambda text: print(text, flush=True))
-        folder = Path(o["output"] or "runs/claims")
         claims.store(found, folder)
     if o["json"]:
-        print(json.dumps(found, indent=1))
+        _print_json(found)
     else:
         print(claims.table(found))
         print(f"kept in {folder / name}.json, drawn in {folder / name}.png")
@@ -276,14 +362,15 @@ def _bench(argv: list[str]) -> int:
         import zoo
 
         zoo.card(name)
-    from trainers.options import prepare_jax
-
     prepare_jax(None)
     from trainers import bench
 
     with contextlib.redirect_stdout(sys.stderr):
         rows = bench.trainer() if name == "trainer" else bench.method(name)
-    print(json.dumps(rows, indent=1) if o["json"] else bench.table(rows))
+    if o["json"]:
+        _print_json(rows)
+    else:
+        print(bench.table(rows))
     return 0
 
 
@@ -296,7 +383,7 @@ def _new(argv: list[str]) -> int:
     return 0
 
 
-def capture_parser_errors(parse):
+def capture_parser_errors(parse: Callable[[], Any], prog: str) -> Any:
     """Runs a tyro parser; its boxed error text becomes one UserError line."""
     from trainers.errors import UserError
 
@@ -307,11 +394,31 @@ def capture_parser_errors(parse):
     except SystemExit as stop:
         if stop.code in (0, None):
             raise
-        lines = [line.strip(" │|╭╮╰╯─") for line in errors.getvalue().splitlines()]
-        lines = [line for line in lines if line and not set(line) <= set("-─ ")]
-        text = " ".join(lines[1:] or lines)
-        text = re.sub(r"\(default: [^)]*\)|\(optional\)", "", text)
-        raise UserError(text.replace("Perhaps you meant:", "; did you mean")) from None
+        raise UserError(parser_message(errors.getvalue(), prog)) from None
+
+
+def parser_message(boxed: str, prog: str) -> str:
+    """The gist of tyro's boxed error: its message, put in words, and the options that were perhaps meant."""
+    lines = [line.strip("│|╭╮╰╯ ") for line in boxed.splitlines()]
+    rules = [i for i, line in enumerate(lines) if not line.strip("─ ") or line.startswith("─ ")]
+    end = next((i for i in rules if i > 0), len(lines))
+    text = re.sub(r"\s+([.,;])", r"\1", " ".join(line for line in lines[1:end] if line)).rstrip(".")
+    if found := re.fullmatch(r"Error parsing (--\S+?): invalid literal for int\(\).*?: (.*)", text):
+        return f"{found[1]} needs a whole number, got {found[2]}"
+    if found := re.fullmatch(r"Error parsing (--\S+?): could not convert string to float: (.*)", text):
+        return f"{found[1]} needs a number, got {found[2]}"
+    if found := re.match(r"Missing value for argument '(--\S+?)'", text):
+        return f"{found[1]} needs a value"
+    if found := re.fullmatch(r"invalid choice (.*) for argument '(--\S+?)'. Expected one of \((.*?),?\)", text):
+        return f"{found[2]} {found[1]} is not a choice; choose among {found[3].replace(chr(39), '')}"
+    if found := re.fullmatch(r"Unrecognized options: (.*)", text):
+        wrong = [word for word in found[1].split(", ") if word.startswith("-")]
+        if not wrong:
+            return f"unexpected argument {found[1].split(', ')[0]!r}; {prog} --help lists the options"
+        near = dict.fromkeys(m[1] for line in lines[end:] if (m := re.match(r"(--[\w.-]+)", line)))
+        hint = f"did you mean {' or '.join(list(near)[:3])}?" if near else f"{prog} --help lists the options"
+        return f"unknown option {wrong[0]!r}; {hint}"
+    return text
 
 
 if __name__ == "__main__":

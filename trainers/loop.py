@@ -187,6 +187,8 @@ class Loop:
                     state = self._change(phase, state, on_epoch, step)
                 take = min(calls, phase.steps - step, *(every - step % every for every in events))
                 batches = feed.next(take, calls)
+                if self.store is not None:
+                    self.store.check()  # a background save that failed stops the run here, not at its end
                 with self.place.guard():
                     state, metrics, fault = compiled(state, batches, artefacts, counts[take])
                 step, self.done = step + take, self.done + take

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -10,15 +11,17 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from trainers.cli import capture_parser_errors
+from trainers.cli import capture_parser_errors, prepare_jax
 from trainers.recipe import Recipe, UserError
+
+__all__ = ["RunOptions", "join_processes", "parse", "prepare_jax"]
 
 
 @dataclasses.dataclass(frozen=True)
 class RunOptions:
     """How the run is executed; none of these changes what is learned (except --init)."""
 
-    workdir: str | None = None
+    workdir: Annotated[str | None, tyro.conf.arg(metavar="D")] = None
     """Folder of the run; runs/NAME if not given. A run found there is resumed."""
     mode: Literal["jit", "pmap"] = "jit"
     """jit over a mesh (data, fsdp, tensor), or pmap over all devices."""
@@ -38,13 +41,13 @@ class RunOptions:
     """Newest checkpoints kept (the best by a watched metric is kept besides)."""
     progress: bool = True
     """Show a progress bar."""
-    init: str | None = None
+    init: Annotated[str | None, tyro.conf.arg(metavar="D")] = None
     """Start from the weights of another run or an exported model."""
-    init_only: Annotated[tuple[str, ...], tyro.conf.arg(name="init.only")] = ("*",)
-    """Patterns over parameter paths to take from --init, such as encoder/*."""
-    init_rename: Annotated[tuple[str, ...], tyro.conf.arg(name="init.rename")] = ()
-    """Renames OLD=NEW of path prefixes in --init's weights."""
-    platform: Literal["cpu", "gpu", "tpu"] | None = None
+    init_only: Annotated[tuple[str, ...], tyro.conf.arg(name="init.only", metavar="PATTERN ...")] = ("*",)
+    """Patterns over this run's parameter paths that are taken from --init, such as encoder/*; quote them."""
+    init_rename: Annotated[tuple[str, ...], tyro.conf.arg(name="init.rename", metavar="OLD=NEW ...")] = ()
+    """Path prefixes of --init's weights and what they are called here."""
+    platform: Annotated[Literal["cpu", "gpu", "tpu"] | None, tyro.conf.arg(metavar="{cpu,gpu,tpu}")] = None
     """Which of jax's platforms to use; the best there is if not given."""
     distributed: bool = False
     """Join other processes by jax.distributed (addresses from the cluster or from JAX_COORDINATOR_ADDRESS)."""
@@ -102,23 +105,17 @@ def parse(recipe: type[Recipe], options: type, argv: list[str], prog: str) -> tu
         ],
         frozen=True,
     )
-    description = (recipe.__doc__ or "").strip()
-    found = capture_parser_errors(lambda: tyro.cli(joined, args=argv, prog=prog, description=description))
+    description = inspect.cleandoc(recipe.__doc__ or "")
+    if {"-h", "--help"} & set(argv):
+        tyro.cli(joined, args=argv, prog=prog, description=description)
+    width = os.environ.get("COLUMNS")
+    os.environ["COLUMNS"] = "2000"  # errors are read back from tyro's box: its lines must not be broken
+    try:
+        parsed = lambda: tyro.cli(joined, args=argv, prog=prog, description=description)  # noqa: E731
+        found = capture_parser_errors(parsed, prog)
+    finally:
+        os.environ.pop("COLUMNS") if width is None else os.environ.update(COLUMNS=width)
     return found.recipe, found.options
-
-
-def prepare_jax(platform: str | None) -> None:
-    """Settings that must stand before jax is first used: the platform, and a cache that stores small programs too.
-
-    JAX's own thresholds would store nothing of recipes like ours.
-    """
-    if platform:
-        os.environ["JAX_PLATFORMS"] = {"gpu": "cuda"}.get(platform, platform)
-    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "kindred-zoo" / "compiled"
-    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache))
-    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
-    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "0")
-    os.environ.setdefault("JAX_COMPILATION_CACHE_MAX_SIZE", str(2 << 30))
 
 
 def join_processes() -> None:

@@ -17,10 +17,6 @@ from trainers.state import TrainState
 from trainers.trees import flatten, unflatten
 
 PMAP_AXIS = "data"
-FSDP_MINIMUM = 1024
-"""Arrays with fewer entries than this are replicated: sharding them costs more than it saves."""
-
-
 @dataclasses.dataclass(frozen=True)
 class Parallel:
     """How a run is spread.
@@ -29,12 +25,14 @@ class Parallel:
       mode: ``jit`` over a mesh or ``pmap`` over all devices.
       devices: how many to use; 0 means all there are.
       fsdp, tensor: sizes of those mesh axes; ``data`` takes the rest.
+      fsdp_minimum: arrays with fewer entries are replicated, since sharding them costs more than it saves.
     """
 
     mode: Literal["jit", "pmap"] = "jit"
     devices: int = 0
     fsdp: int = 1
     tensor: int = 1
+    fsdp_minimum: int = 1024
 
 
 class Placement:
@@ -93,7 +91,7 @@ class Placement:
                 if self.parallel.tensor > 1 and re.search(pattern, path) and len(spec) <= len(shape):
                     return NamedSharding(self.mesh, spec)
             axes = [a for a in range(len(shape)) if shape[a] % fsdp == 0]
-            if fsdp > 1 and axes and np.prod(shape) >= FSDP_MINIMUM:
+            if fsdp > 1 and axes and np.prod(shape) >= self.parallel.fsdp_minimum:
                 widest = max(axes, key=lambda a: shape[a])
                 return NamedSharding(self.mesh, P(*[None] * widest, "fsdp"))
         return self.replicated

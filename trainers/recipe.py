@@ -5,9 +5,10 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import optax
+import tyro
 
 from trainers.errors import UserError
 from trainers.phases import Phase
@@ -17,35 +18,48 @@ __all__ = ["Benchmark", "Data", "Export", "Optimizer", "Recipe", "Run", "UserErr
 
 @dataclasses.dataclass(frozen=True)
 class Data:
-    """Which data: ``name`` (embedded, generated, or any TFDS name) and ``path`` (a file or folder of your own)."""
+    """Which data: by name, or a file or folder of your own."""
 
     name: str = "digits"
-    path: str | None = None
-    split: str | None = None
+    """Embedded or generated data, or any TFDS name; zoo train NAME --data help lists the fields it must have."""
+    path: Annotated[str | None, tyro.conf.arg(metavar="PATH")] = None
+    """A file or folder of your own; for a TFDS name, where TFDS keeps its data."""
+    split: Annotated[str | None, tyro.conf.arg(metavar="NAME")] = None
+    """Which part, where the data has several."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Optimizer:
-    """An optax optimiser and its schedule.
-
-    ``clip_norm`` 0 clips nothing; ``accumulate`` averages the gradients of that many steps.
-    """
+    """An optax optimiser and its schedule."""
 
     name: Literal["adam", "adamw", "sgd", "momentum", "nesterov", "radam", "lamb"] = "adam"
+    """The optimiser; momentum and nesterov are sgd with momentum 0.9."""
     learning_rate: float = 1e-3
+    """Peak learning rate, above 0."""
     schedule: Literal["constant", "cosine", "linear"] = "constant"
+    """How the rate goes from its peak to the end of the phase."""
     warmup_steps: int = 0
+    """Updates over which the rate rises from 0 to its peak, linearly."""
     final_fraction: float = 0.0
+    """The last rate as a share of the peak, for cosine and linear."""
     weight_decay: float = 0.0
+    """Decoupled for adamw and lamb, added to the gradient for sgd, momentum and nesterov; the others have none."""
     clip_norm: float = 0.0
+    """Global gradient norm above which gradients are scaled down; 0 clips nothing."""
     accumulate: int = 1
+    """Steps whose gradients are averaged into one update."""
 
     def build(self, steps: int) -> optax.GradientTransformation:
         """The optax transformation for a phase of ``steps`` steps."""
-        if self.learning_rate <= 0:
+        if not self.learning_rate > 0:
             raise UserError(f"--optimizer.learning-rate must be positive, got {self.learning_rate}")
         if self.accumulate < 1:
             raise UserError(f"--optimizer.accumulate must be at least 1, got {self.accumulate}")
+        for name in ("warmup_steps", "final_fraction", "weight_decay", "clip_norm"):
+            if not getattr(self, name) >= 0:
+                raise UserError(f"--optimizer.{name.replace('_', '-')} must not be negative, got {getattr(self, name)}")
+        if self.weight_decay and self.name in ("adam", "radam"):
+            raise UserError(f"--optimizer.weight-decay does nothing for {self.name}; set it to 0 or choose adamw")
         updates = max(1, steps // self.accumulate)
         decay = max(1, updates - self.warmup_steps)
         main = {
@@ -105,6 +119,8 @@ class Run:
       summary: one line printed at the end from the last metrics: ``(metrics) -> str``.
       sharding_rules: ``(regular expression over parameter paths, PartitionSpec)`` for tensor sharding.
       steps_per_call: steps scanned in one dispatch unless the user says otherwise; small models gain from 10 or so.
+      from_export: ``(exported variables) -> variables`` that the evaluations read, so that ``zoo eval`` can evaluate an
+        exported model; ``None`` if they read the exported ones as they are.
     """
 
     phases: Sequence[Phase]
@@ -115,6 +131,7 @@ class Run:
     summary: Callable[[Mapping[str, float]], str] | None = None
     sharding_rules: tuple = ()
     steps_per_call: int = 1
+    from_export: Callable[[Mapping], Mapping] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,7 +139,9 @@ class Recipe:
     """Base of every recipe: the settings that all runs share.  Subclasses add theirs and define ``build``."""
 
     seed: int = 0
+    """Decides initialisation, the order of the data and every random number of the run."""
     dtype: Literal["float32", "bfloat16"] = "float32"
+    """What modules compute in; parameters and losses stay float32."""
 
     def build(self) -> Run:
         """Data and phases; raises UserError or DataError for settings that cannot work."""

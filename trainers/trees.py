@@ -49,6 +49,17 @@ def edit_optimizer(optimizer_state: Any, params: Mapping, edit: Callable[[Any], 
 
 
 def to_host(tree: Any) -> Any:
-    """Arrays as NumPy, fetched explicitly (typed keys as their data)."""
-    fetch = lambda x: jax.random.key_data(x) if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key) else x  # noqa: E731
-    return jax.tree.map(np.asarray, jax.device_get(jax.tree.map(fetch, tree)))
+    """Arrays as NumPy, fetched explicitly (typed keys as their data), whole even if other processes hold parts."""
+
+    def fetch(x):
+        if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
+            x = jax.random.key_data(x)
+        if getattr(x, "is_fully_addressable", True):
+            return np.asarray(jax.device_get(x))
+        if x.is_fully_replicated:
+            return np.asarray(x.addressable_data(0))
+        from jax.experimental import multihost_utils
+
+        return np.asarray(multihost_utils.process_allgather(x, tiled=True))
+
+    return jax.tree.map(fetch, tree)

@@ -53,12 +53,12 @@ def whole():
 
 
 @pytest.mark.parametrize(
-    "before", [Parallel(fsdp=4), Parallel(devices=1), Parallel("pmap")], ids=["fsdp", "one", "pmap"]
+    "before", [Parallel(fsdp=4, fsdp_minimum=1), Parallel(devices=1), Parallel("pmap")], ids=["fsdp", "one", "pmap"]
 )
 def test_checkpoints_move_between_topologies(tmp_path, whole, before):
     stopped(tmp_path / "first", before)
-    for name, after in {"1": Parallel(devices=1), "2": Parallel(devices=2), "4": Parallel(devices=4, fsdp=2),
-                        "8": Parallel(fsdp=4)}.items():  # fmt: skip
+    for name, after in {"1": Parallel(devices=1), "2": Parallel(devices=2), "4": Parallel(devices=4, fsdp=2, fsdp_minimum=1),
+                        "8": Parallel(fsdp=4, fsdp_minimum=1)}.items():  # fmt: skip
         if before.devices == 1 and name in "12":
             continue
         folder = tmp_path / name
