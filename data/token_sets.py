@@ -27,7 +27,7 @@ def topic_token_sets(
     """Documents whose tokens scatter around 3 topics each, and queries made of noisy tokens of one document.
 
     Topics are standard normal; a token is one of its document's 3 topics plus standard normal noise, normalised; a
-    query is some tokens of one document plus ``noise`` times a standard normal, normalised.
+    query is some tokens of one document, each plus ``noise`` times a standard normal, normalised.
 
     Returns:
       Splits ``documents`` (``tokens`` f32 ``[N, n, d]``, ``mask`` bool ``[N, n]``), ``queries`` (the same) and
@@ -42,10 +42,10 @@ def topic_token_sets(
     centres = rng.normal(size=(topics, dimension))
     own = np.argsort(rng.random((documents, topics)), 1)[:, :3]
     which = np.take_along_axis(own, rng.integers(0, 3, (documents, document_tokens)), 1)
-    raw = centres[which] + rng.normal(size=(documents, document_tokens, dimension))
+    tokens = _unit(centres[which] + rng.normal(size=(documents, document_tokens, dimension)))
     source = rng.permutation(documents)[:queries]
-    asked = sample_queries(raw, np.full(documents, document_tokens), source, query_tokens, noise, rng)
-    return _dataset("topics", (_unit(raw), None), (asked, None), source)
+    asked = sample_queries(tokens, np.full(documents, document_tokens), source, query_tokens, noise, rng)
+    return _dataset("topics", (tokens, None), (asked, None), source)
 
 
 def sample_queries(
@@ -104,10 +104,10 @@ def token_set_dataset(folder: str | Path, seed: int = 0, queries: int = 60, quer
     if alone or not (folder / "queries").exists():
         rng = np.random.default_rng(seed)
         source = rng.permutation(len(tokens))[:queries]
-        # noise as loud, against a token, as the generator's: 0.15 a coordinate against topic plus noise
+        # noise as loud against a token as the generator's: 0.15 a coordinate of a unit vector in 32 dimensions
         inside = np.arange(tokens.shape[1]) < lengths[:, None]
         scale = float(np.sqrt(np.mean(np.square(tokens[inside], dtype=np.float64))))
-        asked = sample_queries(tokens, lengths, source, query_tokens, 0.15 * scale / np.sqrt(2), rng)
+        asked = sample_queries(tokens, lengths, source, query_tokens, 0.15 * np.sqrt(32) * scale, rng)
         return _dataset(str(folder), (tokens, lengths), (asked.astype(np.float32), None), source)
     asked, counts = read_token_sets(folder / "queries")
     if asked.shape[-1] != tokens.shape[-1]:

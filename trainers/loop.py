@@ -160,7 +160,7 @@ class Loop:
         on_epoch, epoch = (
             (jax.jit(phase.on_epoch), epochs[next(iter(epochs))]) if phase.on_epoch else (None, phase.steps)
         )
-        evaluates = bool(phase.evaluate or phase.prequential)
+        evaluates = bool(phase.evaluate or phase.prequential or phase.report)
         events = (log_every, save_every, phase.eval_every or phase.steps, epoch)
         pending: deque = deque()
 
@@ -266,6 +266,8 @@ class Loop:
             values, mutated = self.evaluator(evaluation, local, self.artefacts)
             seen.update({f"{evaluation.name}/{k}": v for k, v in values.items()})
             local = local.replace(collections={**local.collections, **mutated})
+        if phase.report is not None:
+            seen.update({k: float(v) for k, v in to_host(phase.report(local)).items()})
         if phase.prequential is not None:
             values = phase.prequential.compute(to_host(local.prequential))
             seen.update({f"{phase.prequential.name}/{k}": v for k, v in values.items()})

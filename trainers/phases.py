@@ -91,6 +91,7 @@ class Alternate:
         collections it replaces.
       on_epoch: ``(variables, artefacts, rng) -> variables``: jitted, run between steps at each epoch start.
       prequential: evaluated on each batch *before* it is learnt from; accumulators are part of the state.
+      report: ``(state) -> {metric: scalar}`` of the whole state (masks, memories), wherever the phase is evaluated.
       optimizer_state: ``"fresh"`` or ``"keep"`` the one of the phase before, if it fits.
     """
 
@@ -104,6 +105,7 @@ class Alternate:
     eval_every: int | None = None
     stop: Stop | None = None
     prequential: Evaluate | None = None
+    report: Callable[[Any], Mapping[str, Any]] | None = None
     optimizer_state: Literal["fresh", "keep"] = "fresh"
 
     def __post_init__(self):

@@ -114,7 +114,8 @@ class Run:
       phases: in order; names must differ.
       init: ``(rng) -> variables`` for the first phase; ``None`` uses the first update's objective on its first batch.
       export: ``(variables, artefacts) -> Export``; variables hold the averaged parameters if the run keeps them.
-      figures: ``(variables, artefacts, workdir) -> None`` draws pictures beyond the curves (``workdir / "x.png"``).
+      figures: ``(result, workdir) -> None`` draws pictures beyond the curves (``workdir / "x.png"``) from the run's
+        ``trainers.loop.Result``: chosen variables, artefacts, metrics, the whole last state.
       data_fingerprint: checksum of the data, recorded with checkpoints and models.
       summary: one line printed at the end from the last metrics: ``(metrics) -> str``.
       sharding_rules: ``(regular expression over parameter paths, PartitionSpec)`` for tensor sharding.
@@ -126,7 +127,7 @@ class Run:
     phases: Sequence[Phase]
     export: Callable[[Mapping, Mapping], Export]
     init: Callable[[Any], Mapping] | None = None
-    figures: Callable[[Mapping, Mapping, Path], None] | None = None
+    figures: Callable[[Any, Path], None] | None = None
     data_fingerprint: str = ""
     summary: Callable[[Mapping[str, float]], str] | None = None
     sharding_rules: tuple = ()

@@ -136,17 +136,21 @@ def train(
             save_model(whole / "model", export.definition, export.variables, card.to_dict(), info)
             plots.curves(record.history, workdir / "curves.png", f"{name}: {card.title}")
             if run.figures is not None:
-                run.figures(result.chosen, result.artefacts, workdir)
+                run.figures(result, workdir)
             summary |= {"complete": True, "metrics": result.metrics}
             summary["summary"] = run.summary(result.metrics) if run.summary else ""
             write_json(workdir / RUN_FILE, summary)
+        record.close()
     except Exception as error:
-        record.close()
-        if writes and before is None and not isinstance(error, Diverged) and not _saved(store):
+        with contextlib.suppress(Exception):
+            record.close()
+        kept = before is not None or isinstance(error, Diverged) or _saved(store)
+        if writes and not kept:
             _clear(workdir, made)
+        if type(error) is OSError or isinstance(error, (PermissionError, FileNotFoundError)):
+            hint = "; the last checkpoint is whole, and the same command goes on from it" if kept else ""
+            raise UserError(f"{error.filename or workdir}: {error.strerror or error}{hint}") from error
         raise
-    finally:
-        record.close()
     return summary
 
 

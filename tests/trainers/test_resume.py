@@ -57,7 +57,7 @@ def whole():
 )
 def test_checkpoints_move_between_topologies(tmp_path, whole, before):
     stopped(tmp_path / "first", before)
-    for name, after in {"1": Parallel(devices=1), "2": Parallel(devices=2), "4": Parallel(devices=4, fsdp=2, fsdp_minimum=1),
+    for name, after in {"1": Parallel(devices=1), "2": Parallel(devices=2), "4": Parallel(devices=4, fsdp=2),
                         "8": Parallel(fsdp=4, fsdp_minimum=1)}.items():  # fmt: skip
         if before.devices == 1 and name in "12":
             continue

@@ -1,6 +1,7 @@
 """The dbpm recipe: its settings, its views, the losses it remembers, the figure, and errors a user can mend."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,7 @@ from trainers.phases import Alternate, Evaluate
 from trainers.recipe import Data, UserError
 from trainers.recipes.timeseries import dbpm
 from zoo.base import Context, check_fit
-from zoo.timeseries.dbpm import MiningState, PairMemory, pair_means, pair_memory_stats
+from zoo.timeseries.dbpm import MiningState, PairMemory, pair_memory_stats
 
 
 def write_problem(folder, steps=20):
@@ -88,21 +89,6 @@ def test_second_view_is_made_from_the_other_series(tiny):
     assert gap(same) < gap(base)
 
 
-def test_remembered_losses_are_those_of_training(tiny):
-    objective, batch, variables, forward = tiny
-    host = dbpm.remember_losses(objective, 32)
-    variables = {**variables, "memory": jax.jit(host.init)(jax.random.key(0), batch)["memory"]}
-    batch = {**batch, "mask": batch["mask"].at[3].set(False)}
-    context = Context(jax.random.key(1))
-    assert "memory" not in jax.eval_shape(lambda v, b: host.forward(v, b, context)[1], variables, batch)
-    outputs, _ = forward({c: v for c, v in variables.items() if c != "memory"}, batch)
-    losses = objective.loss(outputs, batch, context).elements.values
-    memory = PairMemory(**host.after_step(variables, outputs, batch, context)["memory"])
-    wanted = np.zeros(32)
-    wanted[np.asarray(batch["index"])[np.asarray(batch["mask"])]] = np.asarray(losses)[np.asarray(batch["mask"])]
-    np.testing.assert_allclose(pair_means(memory), wanted, rtol=1e-6)
-
-
 def test_flag_metrics_and_figure(tmp_path):
     pair = np.array([0, 0, 0, 0, 0, 0, 1, 2], np.int32)
     means = jnp.array([1.0, 1.1, 0.9, 1.0, 1.05, 1.0, 0.1, 2.0])
@@ -110,8 +96,10 @@ def test_flag_metrics_and_figure(tmp_path):
     got = dbpm.flag_metrics(MiningState(memory, pair_memory_stats(memory, 1.5, 1.5)), pair)
     assert got["flag_precision"] == got["flag_recall"] == 1.0
     assert got["loss_noisy"] < got["loss_normal"] < got["loss_faulty"]
+    mined = MiningState(memory, pair_memory_stats(memory, 1.5, 1.5))
+    result = SimpleNamespace(state=SimpleNamespace(loss={"main": mined}))
     for train in ({"pair": pair}, {}):
-        dbpm.draw_pairs({"memory": vars(memory)}, {}, tmp_path, train=train, beta_np=1.5, beta_fp=1.5)
+        dbpm.draw_pairs(result, tmp_path, train, dbpm.Recipe())
         assert (tmp_path / "pairs.png").stat().st_size > 5000
 
 

@@ -182,7 +182,7 @@ def _plain(bank: PrototypeBank) -> dict[str, jax.Array]:
 
 
 def _figures(sessions: int):
-    def draw(variables, artefacts, workdir: Path) -> None:
+    def draw(result, workdir: Path) -> None:
         from trainers import plots
 
         rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]

@@ -87,20 +87,19 @@ class Recipe(base.Recipe):
         objective, module = self.objective(dataset)
         sparse = self.sparse()
         tx = self.transformation(self.optimizer.build(self.steps))
-        evaluate = full_ranking(module, dataset, self.maskable())
+        evaluate = full_ranking(module, dataset)
         arrays = dataset["profiles"] if self.backbone == "multvae" else dataset["train"]
         stream = training_stream(arrays, self.batch_size, self.seed)
         first = stream.batch(0)
 
         def init(rng):
             variables = dict(objective.init(rng, first))
-            variables["params"] = dsl.dynamic_sparse_init(variables["params"], **sparse)
-            touched = jax.tree.map(lambda w: w != 0, variables["params"])
-            return {**variables, "explored": touched}
+            return {**variables, "params": dsl.dynamic_sparse_init(variables["params"], **sparse)}
 
-        def after_step(variables, context):
-            touched = jax.tree.map(lambda f, w: f | (w != 0), variables["explored"], variables["params"])
-            return {"explored": touched}
+        def report(state):
+            sparsity = state.optimizer["main"]
+            counted = dsl.mask_stats(sparsity.mask, sparsity.fired)
+            return {f"mask/{k}": counted[k] for k in ("density", "exploration")} | {"mask/refused": sparsity.refused}
 
         phase = Train(
             "train",
@@ -108,9 +107,9 @@ class Recipe(base.Recipe):
             objective,
             tx,
             stream,
-            after_step=after_step,
             evaluate=(evaluate,),
             eval_every=max(1, self.steps // 10),
+            report=report,
         )
 
         def export(variables: Mapping, artefacts: Mapping) -> Export:
@@ -126,7 +125,7 @@ class Recipe(base.Recipe):
             data_fingerprint=dataset.fingerprint,
             summary=lambda m: (
                 f"{self.backbone} at density {self.density}: recall@20 {m['ranking/recall@20']:.3f}, "
-                f"ndcg@20 {m['ranking/ndcg@20']:.3f}, weights ever used {m['ranking/ever_nonzero']:.3f}"
+                f"ndcg@20 {m['ranking/ndcg@20']:.3f}, weights ever active {m['mask/exploration']:.3f}"
             ),
         )
 
@@ -221,30 +220,17 @@ def fields() -> dict[str, str]:
     }
 
 
-def full_ranking(module: nn.Module, dataset: Dataset, maskable: dsl.Maskable) -> Evaluate:
-    """Ranks all items but the known ones for every test user; counts weights that are, and ever were, not zero.
-
-    Weights that were grown a moment ago are still zero: right after an exploration ``nonzero`` lies below the density.
-    """
-
-    def init():
-        return {"ranking": ranking_init(KS), "nonzero": jnp.zeros(()), "ever_nonzero": jnp.zeros(())}
+def full_ranking(module: nn.Module, dataset: Dataset) -> Evaluate:
+    """Ranks all items but the known ones for every test user, exactly."""
 
     def update(seen, variables, batch, context):
         known = batch["seen"] if isinstance(module, MultVAE) else batch["user"]
         weights = {"params": variables["params"], **_graph(variables)}
         scores = module.apply(weights, known, method="scores")
-        ranking = ranking_update(seen["ranking"], scores, batch["relevant"], batch["seen"], batch["mask"], ks=KS)
-        counted = [_masked(variables["params"], maskable), _masked(variables["explored"], maskable)]
-        nonzero, ever = (
-            sum(jnp.sum(w != 0) for w in part.values()) / sum(w.size for w in part.values()) for part in counted
-        )
-        return {"ranking": ranking, "nonzero": nonzero, "ever_nonzero": ever}, {}
+        return ranking_update(seen, scores, batch["relevant"], batch["seen"], batch["mask"], ks=KS), {}
 
-    def compute(seen):
-        return {**ranking_compute(seen["ranking"]), **{k: seen[k] for k in ("nonzero", "ever_nonzero")}}
-
-    return Evaluate("ranking", evaluation_stream(dataset["test"], 64), init, update, compute, weights="params")
+    stream = evaluation_stream(dataset["test"], 64)
+    return Evaluate("ranking", stream, lambda: ranking_init(KS), update, ranking_compute, weights="params")
 
 
 def _masked(tree: Mapping, maskable: dsl.Maskable) -> dict[str, Any]:
@@ -259,11 +245,11 @@ def _graph(variables: Mapping) -> dict[str, Any]:
     return {"constants": edges} if edges else {}
 
 
-def draw_sparsity(variables: Mapping, artefacts: Mapping, workdir: Path, maskable: dsl.Maskable) -> None:
+def draw_sparsity(result: Any, workdir: Path, maskable: dsl.Maskable) -> None:
     """Writes ``sparsity.png``: the largest masked tensor, and recall and the weights in use over the run."""
     from trainers import plots
 
-    weights = _masked(variables["params"], maskable)
+    weights = _masked(result.chosen["params"], maskable)
     name = max(weights, key=lambda path: weights[path].size)
     w = np.asarray(weights[name])
     w = w.reshape(len(w), -1)[:: max(1, len(w) // 200)]
@@ -283,8 +269,8 @@ def draw_sparsity(variables: Mapping, artefacts: Mapping, workdir: Path, maskabl
     steps = [h["step"] for h in history]
     recall.plot(steps, [h["ranking/recall@20"] for h in history], marker=".", color="#3060a0")
     recall.set_title("Recall@20, full ranking", fontsize=9)
-    for key, label, colour in (("nonzero", "not zero now", "#1baf7a"), ("ever_nonzero", "ever not zero", "#eb6834")):
-        explored.plot(steps, [h[f"ranking/{key}"] for h in history], marker=".", color=colour, label=label)
+    for key, label, colour in (("density", "active now", "#1baf7a"), ("exploration", "ever active", "#eb6834")):
+        explored.plot(steps, [h[f"mask/{key}"] for h in history], marker=".", color=colour, label=label)
     explored.set_ylim(0, 1.02)
     explored.set_title("Share of weights", fontsize=9)
     explored.legend(frameon=False, fontsize=8)

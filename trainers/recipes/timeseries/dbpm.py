@@ -28,7 +28,6 @@ from zoo.objectives import two_views
 from zoo.ops.series import ts_jitter, ts_permute, ts_scale
 from zoo.timeseries.dbpm import (
     MiningState,
-    PairMemory,
     dynamic_bad_pair_mining,
     pair_means,
     pair_memory_init,
@@ -93,7 +92,7 @@ class Recipe(base.Recipe):
         stream = training_stream(train, self.batch_size, self.seed)
         epochs = math.ceil(self.steps / stream.steps_per_epoch)
         encoder, model = self.modules()
-        host = remember_losses(self.objective(model), stream.num_examples)
+        host = self.objective(model)
         transform = self.loss_transform(epochs) if self.mining else None
         phases = [
             Train("pretrain", self.steps, host, self.optimizer.build(self.steps), stream, loss_transform=transform),
@@ -109,7 +108,7 @@ class Recipe(base.Recipe):
         return Run(
             phases=phases,
             export=export,
-            figures=functools.partial(draw_pairs, train=train, beta_np=self.beta_np, beta_fp=self.beta_fp),
+            figures=functools.partial(draw_pairs, train=train, recipe=self) if self.mining else None,
             data_fingerprint=dataset.fingerprint,
             summary=lambda m: f"linear probe on {dataset.name}: test accuracy {m['probe/accuracy']:.3f}",
         )
@@ -205,25 +204,6 @@ def fields() -> dict[str, str]:
     }
 
 
-def remember_losses(host: Objective, num_examples: int) -> Objective:
-    """Keeps every instance's mean loss in the collection ``memory``, for the figure; training is unchanged."""
-
-    def init(rng, batch):
-        return {**host.init(rng, batch), "memory": vars(pair_memory_init(num_examples))}
-
-    def after_step(variables, outputs, batch, context):
-        # the loss is a pure function of the outputs: the compiler shares it with the one that was differentiated
-        e = host.loss(outputs, batch, context).elements
-        index = jnp.where(e.mask, batch["index"], num_examples)
-        return {"memory": vars(pair_memory_update(PairMemory(**variables["memory"]), index, e.values))}
-
-    def forward(variables, batch, context):
-        outputs, mutated = host.forward({c: v for c, v in variables.items() if c != "memory"}, batch, context)
-        return outputs, mutated
-
-    return dataclasses.replace(host, init=init, forward=forward, after_step=after_step)
-
-
 def probe(encoder: ResNet1D, train: Mapping, test: Mapping, batch_size: int) -> Evaluate:
     """A linear probe: logistic regression on the frozen encoder's standardised features, fitted on train."""
     arrays = {"x": np.concatenate([train["x"], test["x"]])}
@@ -261,15 +241,13 @@ def linear_probe(train_x: np.ndarray, train_y: np.ndarray, test_x: np.ndarray, t
     return float(model.score(scaler.transform(test_x), test_y))
 
 
-def draw_pairs(
-    variables: Mapping, artefacts: Mapping, workdir: Path, train: Mapping, beta_np: float, beta_fp: float
-) -> None:
+def draw_pairs(result: Any, workdir: Path, train: Mapping, recipe: Recipe) -> None:
     """Writes ``pairs.png``: the instances' mean historical losses by pair type, the thresholds and the flags."""
     import matplotlib.pyplot as plt
 
-    memory = PairMemory(**{k: jnp.asarray(v) for k, v in variables["memory"].items()})
-    stats = pair_memory_stats(memory, beta_np, beta_fp)
-    low, high = pair_thresholds(stats.mu, stats.sigma, beta_np, beta_fp)
+    mined = result.state.loss["main"]
+    memory, stats = mined.memory, mined.stats
+    low, high = pair_thresholds(stats.mu, stats.sigma, recipe.beta_np, recipe.beta_fp)
     means = np.asarray(pair_means(memory))
     kinds = train.get("pair")
     groups = {"all series": means} if kinds is None else {t: means[kinds == i] for i, t in enumerate(PAIR_TYPES)}
