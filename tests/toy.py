@@ -23,6 +23,7 @@ from zoo.base import Loss, LossTransformation, batch_mask, example_elements
 from zoo.objectives import memory_bank, two_views
 
 N, D = 52, 12
+ONE = Parallel(devices=1)
 
 
 class Encoder(nn.Module):
@@ -125,9 +126,11 @@ def phases(batch: int = 16, steps: int = 24):
     ]
 
 
-def loop(folder: Path | None = None, parallel: Parallel = Parallel(devices=1), calls: int = 1, **rest) -> Loop:  # noqa: B008
-    """The toy run, in a folder or in memory."""
-    run = Run(phases(**rest), export=None)
+def loop(
+    folder: Path | None = None, parallel: Parallel = Parallel(devices=1), calls: int = 1, first: int = 4, **rest
+) -> Loop:  # noqa: B008
+    """The toy run, or its ``first`` phases, in a folder or in memory."""
+    run = Run(phases(**rest)[:first], export=None)
     settings = Settings(parallel, calls, log_every=4, save_every=7)
     if folder is None:
         return Loop(run, settings)

@@ -437,7 +437,8 @@ def test_keys_depend_on_seed_phase_update_and_step_only():
 @pytest.mark.parametrize("name", ["adam", "adamw", "sgd", "momentum", "nesterov", "radam", "lamb"])
 def test_every_named_optimiser_lowers_the_loss(name):
     record = Record()
-    tx = Optimizer(name, 0.01, "cosine", warmup_steps=2, clip_norm=1.0, weight_decay=1e-4).build(40)
+    decay = 0.0 if name in ("adam", "radam") else 1e-4
+    tx = Optimizer(name, 0.01, "cosine", warmup_steps=2, clip_norm=1.0, weight_decay=decay).build(40)
     Loop(Run([Train("t", 40, OBJECTIVE, tx, STREAM)], export=None), ONE, record=record)()
     assert record.history[-1]["loss"] < record.history[0]["loss"]
 

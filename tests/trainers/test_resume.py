@@ -52,22 +52,39 @@ def whole():
     return flatten(to_host(toy.loop(steps=16)().state))
 
 
-@pytest.mark.parametrize(
-    "before", [Parallel(fsdp=4, fsdp_minimum=1), Parallel(devices=1), Parallel("pmap")], ids=["fsdp", "one", "pmap"]
-)
-def test_checkpoints_move_between_topologies(tmp_path, whole, before):
-    stopped(tmp_path / "first", before)
-    for name, after in {"1": Parallel(devices=1), "2": Parallel(devices=2), "4": Parallel(devices=4, fsdp=2),
-                        "8": Parallel(fsdp=4, fsdp_minimum=1)}.items():  # fmt: skip
-        if before.devices == 1 and name in "12":
-            continue
-        folder = tmp_path / name
-        shutil.copytree(tmp_path / "first", folder)
-        loop = toy.loop(folder, after, steps=16)
-        state = flatten(to_host(loop().state))
-        loop.record.close()
-        for path, value in whole.items():
-            np.testing.assert_allclose(state[path], value, rtol=1e-5, atol=1e-5, err_msg=f"{path} on {name}")
+MOVES = {
+    "8 by fsdp -> 1": (Parallel(fsdp=4, fsdp_minimum=1), Parallel(devices=1)),
+    "8 by fsdp -> 2": (Parallel(fsdp=4, fsdp_minimum=1), Parallel(devices=2)),
+    "8 by fsdp -> 4": (Parallel(fsdp=4, fsdp_minimum=1), Parallel(devices=4, fsdp=2, fsdp_minimum=1)),
+    "1 -> 8 by fsdp": (Parallel(devices=1), Parallel(fsdp=4, fsdp_minimum=1)),
+    "8 by pmap -> 1": (Parallel("pmap"), Parallel(devices=1)),
+    "1 -> 8 by pmap": (Parallel(devices=1), Parallel("pmap")),
+}
+
+
+@pytest.fixture(scope="module")
+def pre_empted(tmp_path_factory):
+    """Folders of runs that were stopped half-way, by the topology they ran on."""
+    made = {}
+
+    def folder(parallel):
+        if parallel not in made:
+            made[parallel] = tmp_path_factory.mktemp("run")
+            stopped(made[parallel], parallel)
+        return made[parallel]
+
+    return folder
+
+
+@pytest.mark.parametrize("move", MOVES)
+def test_checkpoints_move_between_topologies(tmp_path, whole, pre_empted, move):
+    before, after = MOVES[move]
+    shutil.copytree(pre_empted(before), tmp_path / "run")
+    loop = toy.loop(tmp_path / "run", after, steps=16)
+    state = flatten(to_host(loop().state))
+    loop.record.close()
+    for path, value in whole.items():
+        np.testing.assert_allclose(state[path], value, rtol=1e-5, atol=1e-5, err_msg=path)
 
 
 def test_every_example_is_consumed_once_per_epoch_across_a_stop(tmp_path):
@@ -128,7 +145,7 @@ def test_a_signal_saves_and_the_run_goes_on(tmp_path, whole):
             loop.asked = 15
 
     loop.record.advance = ask
-    with pytest.raises(Interrupted, match="at step 5: saved"):
+    with pytest.raises(Interrupted, match="at step 5: its state is saved"):
         loop()
     loop.record.close()
     again = toy.loop(tmp_path, Parallel(devices=1), steps=16)
