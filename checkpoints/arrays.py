@@ -158,6 +158,12 @@ def read_arrays(
     return out
 
 
+def place_of(path: Any) -> epath.Path:
+    """A folder as Orbax wants it: absolute if it is local, as it is if it names a bucket (``gs://...``)."""
+    place = epath.Path(path)
+    return place if "://" in str(path) else epath.Path(Path(str(place)).absolute())
+
+
 def write_text(path: epath.Path | Path, text: str) -> None:
     """Writes a text file at once: under a temporary name first, then renamed."""
     path = epath.Path(path)

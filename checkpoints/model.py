@@ -36,6 +36,7 @@ from checkpoints.arrays import (
     file_sizes,
     json_text,
     one_line,
+    place_of,
     read_arrays,
     saveable,
     write_text,
@@ -116,7 +117,7 @@ def save_model(
         json_text(document)
     except (TypeError, ValueError) as error:
         raise ModelError(f"card and info must be JSON: {one_line(error)}") from None
-    place = epath.Path(directory)
+    place = place_of(directory)
     temporary, old = place.parent / f".{place.name}.saving", place.parent / f".{place.name}.replaced"
     try:
         if place.exists() and not (place / "model.json").exists() and any(place.iterdir()):
@@ -150,7 +151,7 @@ def load_model(directory: Path | str, trust: str | tuple[str, ...] = (), shardin
       ModelError: not a model, or pieces of it are unknown, missing or not trusted.
       DamagedError: truncated, unreadable or altered.
     """
-    place = epath.Path(directory)
+    place = place_of(directory)
     document = read_document(place)
     definition = decode(document["definition"], (trust,) if isinstance(trust, str) else tuple(trust))
     flat = read_flat(place, document, sharding)

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from checkpoints.arrays import CheckpointError, DamagedError, few, shape_text
+from checkpoints.arrays import CheckpointError, DamagedError, few, place_of, shape_text
 from checkpoints.model import read_document, read_flat
 from checkpoints.store import Store
 
@@ -126,7 +126,7 @@ def load_weights(
     """
     if weights not in ("average", "params"):
         raise ValueError(f"weights must be 'average' or 'params', got {weights!r}")
-    place = epath.Path(path)
+    place = place_of(path)
     if not place.exists():
         raise CheckpointError(f"no weights in {place}: it does not exist")
     if (place / "model.json").exists():

@@ -32,7 +32,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from etils import epath
 
 from checkpoints.arrays import (
     Abstract,
@@ -47,6 +46,7 @@ from checkpoints.arrays import (
     file_sizes,
     json_text,
     one_line,
+    place_of,
     read_arrays,
     saveable,
     write_text,
@@ -69,7 +69,7 @@ class Store:
     def __init__(self, root: Path | str, keep: int = 3, deadline: float = 600.0):
         if keep < 1:
             raise ValueError(f"keep must be at least 1, got {keep}")
-        self.root = epath.Path(root)
+        self.root = place_of(root)
         self.keep = keep
         self.deadline = deadline
         self._checkpointer = None

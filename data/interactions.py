@@ -299,7 +299,8 @@ def as_dataset(
     validation = np.zeros(len(data.user), bool) if validation is None else validation
     train = ~(test | validation)
     if not train.any() or not test.any():
-        raise DataError(f"the split leaves {train.sum()} training and {test.sum()} test interactions; both are needed")
+        counts = f"{train.sum()} training and {test.sum()} test interactions"
+        raise DataError(f"{name}: the split leaves {counts}; both are needed")
     seen = padded_lists(data.user[train], data.item[train], data.num_users)
     full = (seen >= 0).sum(1) >= data.num_items
     if full.any():

@@ -86,9 +86,7 @@ class ArrayStream:
         epoch = len(self.order(0))
         full, rest = divmod(epoch, self.batch_size)
         if self.remainder == "drop" and full == 0:
-            raise DataError(
-                f"batch_size {self.batch_size} exceeds the {epoch} examples; lower it or pad the remainder"
-            )
+            raise DataError(f"batch_size {self.batch_size} exceeds the {epoch} examples; lower it or pad the remainder")
         set_(self, "steps_per_epoch", full + (rest > 0 and self.remainder == "pad"))
         set_(self, "fingerprint", arrays_fingerprint(self.arrays))
         set_(self, "_epoch", (-1, None))

@@ -77,7 +77,7 @@ def run_claim(card: Card, seeds: int, say: Callable[[str], None] = lambda text: 
     """Runs every arm of a card's claim on ``seeds`` paired seeds.
 
     Raises:
-      UserError: an arm does not return the claim's metric.
+      UserError: an arm does not return the claim's metric, or one that is not finite.
     """
     from trainers.run import recipe_hash, recipe_module, versions
 
@@ -92,6 +92,10 @@ def run_claim(card: Card, seeds: int, say: Callable[[str], None] = lambda text: 
             seconds[arm] += time.monotonic() - began
             if claim.metric not in found:
                 raise UserError(f"{card.name}: arm {name!r} returned {', '.join(found)}, not {claim.metric!r}")
+            if not math.isfinite(found[claim.metric]):
+                raise UserError(
+                    f"{card.name}: arm {name!r} on seed {seed + offset} returned {claim.metric} {found[claim.metric]}"
+                )
             values[arm].append(found[claim.metric])
             extra[arm].append(found)
             say(f"{card.name} seed {seed} {arm:9} {name:24} {claim.metric} {found[claim.metric]:.5g}")
@@ -126,15 +130,15 @@ def run_claim(card: Card, seeds: int, say: Callable[[str], None] = lambda text: 
 def store(found: Mapping[str, Any], folder: Path) -> None:
     """Keeps a claim's result as ``folder/<method>.json`` and draws its paired differences beside it."""
     from trainers import plots
+    from trainers.run import write_json
 
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"{found['method']}.json").write_text(json.dumps(found, indent=1) + "\n")
+    write_json(folder / f"{found['method']}.json", found)
     fig, axes = plots.figure(2, 1, (4.6, 3.0))
     left, right = axes[0]
-    for i, (arm, row) in enumerate(found["arms"].items()):
+    for i, row in enumerate(found["arms"].values()):
         left.plot([i] * len(row["values"]), row["values"], "o", color="#3060a0", alpha=0.5)
         left.plot([i - 0.25, i + 0.25], [row["mean"]] * 2, color="black")
-        del arm
     left.set_xticks(range(len(found["arms"])), [f"{a}\n{r['name']}" for a, r in found["arms"].items()], fontsize=6)
     left.set_ylabel(found["claim"]["metric"], fontsize=8)
     left.set_title("arms, one dot a seed", fontsize=9)

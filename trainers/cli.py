@@ -34,7 +34,8 @@ def main(argv: list[str] | None = None) -> None:
     status = _run(list(sys.argv[1:] if argv is None else argv))
     try:
         sys.stdout.flush()
-    except BrokenPipeError:
+    except OSError as error:  # nobody reads any more, or standard output is a file on a full disk
+        status = status if isinstance(error, BrokenPipeError) else _fail(f"standard output: {error.strerror}")
         _hush()
     sys.exit(status)
 
@@ -81,11 +82,11 @@ def _one_line(error: Exception) -> str | None:
         return f"{error}{'' if full is None or full in str(error) else f' ({full})'}"
     if isinstance(error, OSError):
         what = f"{error.filename}: " if error.filename else ""
-        return f"{what}{error.strerror or error}" if not isinstance(error, ConnectionError) else f"no connection: {error}"
+        return (
+            f"{what}{error.strerror or error}" if not isinstance(error, ConnectionError) else f"no connection: {error}"
+        )
     if isinstance(error, (ValueError, KeyError)) and _raised_by_us(error):
         return str(error.args[0]) if error.args else None
-    if "Unable to initialize backend" in str(error):
-        return f"--platform: {str(error).split(' (you may')[0]}"
     if type(error).__name__ == "JaxRuntimeError" and "RESOURCE_EXHAUSTED" in str(error):
         return "the device is out of memory; lower --batch-size, or spread the run with --fsdp"
     return None
@@ -141,6 +142,21 @@ def prepare_jax(platform: str | None) -> None:
             jax.config.update(name, value)
     if platform:
         jax.config.update("jax_platforms", {"gpu": "cuda"}.get(platform, platform))
+
+
+def check_platform(platform: str) -> None:
+    """Starts jax on the platform; raises UserError if it has no such devices here."""
+    import jax
+
+    from trainers.errors import UserError
+
+    try:
+        found = jax.devices()[0].platform
+    except Exception as error:  # RuntimeError or AssertionError, by what is installed
+        gist = str(error).split("\n")[0].split(" (you may")[0] or "no such devices, or jax is installed without it"
+        raise UserError(f"--platform {platform} cannot be used here: {gist}") from None
+    if found != platform:
+        raise UserError(f"--platform {platform} cannot be used here: jax runs on {found}")
 
 
 def _print_json(found: Any) -> None:
@@ -300,6 +316,8 @@ def _train(argv: list[str]) -> int:
     prepare_jax(options.platform)
     workdir = Path(options.workdir or Path("runs") / name)
     settings, init, source = options.settings(), *options.initialiser()
+    if options.platform:
+        check_platform(options.platform)
     summary = train(
         name, recipe, workdir, settings,
         keep=options.keep, progress=options.progress, init=init, initialised_from=source,
@@ -399,10 +417,14 @@ def capture_parser_errors(parse: Callable[[], Any], prog: str) -> Any:
 
 def parser_message(boxed: str, prog: str) -> str:
     """The gist of tyro's boxed error: its message, put in words, and the options that were perhaps meant."""
-    lines = [line.strip("│|╭╮╰╯ ") for line in boxed.splitlines()]
-    rules = [i for i, line in enumerate(lines) if not line.strip("─ ") or line.startswith("─ ")]
-    end = next((i for i in rules if i > 0), len(lines))
-    text = re.sub(r"\s+([.,;])", r"\1", " ".join(line for line in lines[1:end] if line)).rstrip(".")
+    lines = [line.strip("│|╭╮╰╯ ") for line in boxed.splitlines()][1:]  # the first line is a title
+    parts: list[list[str]] = [[]]
+    for line in lines:  # separated by rules, drawn as the terminal's encoding allows
+        if line.strip("─- "):
+            parts[-1].append(line)
+        elif parts[-1]:
+            parts.append([])
+    text = re.sub(r"\s+([.,;])", r"\1", " ".join(parts[0])).rstrip(".")
     if found := re.fullmatch(r"Error parsing (--\S+?): invalid literal for int\(\).*?: (.*)", text):
         return f"{found[1]} needs a whole number, got {found[2]}"
     if found := re.fullmatch(r"Error parsing (--\S+?): could not convert string to float: (.*)", text):
@@ -415,7 +437,7 @@ def parser_message(boxed: str, prog: str) -> str:
         wrong = [word for word in found[1].split(", ") if word.startswith("-")]
         if not wrong:
             return f"unexpected argument {found[1].split(', ')[0]!r}; {prog} --help lists the options"
-        near = dict.fromkeys(m[1] for line in lines[end:] if (m := re.match(r"(--[\w.-]+)", line)))
+        near = dict.fromkeys(m[1] for part in parts[1:] for line in part if (m := re.match(r"(--[\w.-]+)", line)))
         hint = f"did you mean {' or '.join(list(near)[:3])}?" if near else f"{prog} --help lists the options"
         return f"unknown option {wrong[0]!r}; {hint}"
     return text

@@ -114,11 +114,17 @@ class Loop:
                         state = (self._fit if isinstance(phase, Fit) else self._evaluate_phase)(phase, state)
                     self.done += 1
                     self._save(state, number + 1, 0)
+                    if self.asked and number + 1 < len(self.run.phases):
+                        raise self._interrupted(phase, "its end")
             finally:
                 if self.store is not None:
                     self.store.close()
         chosen = to_host(state.chosen("average"))
         return Result(to_host(state.variables), chosen, self.artefacts, self.metrics, state)
+
+    def _interrupted(self, phase: Any, where: str) -> Interrupted:
+        saved = "its state is saved; the same command goes on from here" if self.store else "nothing is saved"
+        return Interrupted(f"stopped in phase {phase.name!r} at {where}: {saved}")
 
     def _begin(self, phase: Alternate, before: TrainState | None) -> TrainState:
         variables = self._first_variables(phase.updates) if before is None else before.variables
@@ -135,8 +141,6 @@ class Loop:
             for objective, batch in reversed(found):
                 variables = {**variables, **init_variables(objective, rng, batch)}
         return self.init(variables) if self.init is not None else variables
-
-    # ------------------------------------------------------------------------------------------------ training
 
     def _train(self, number: int, phase: Alternate, state: TrainState) -> TrainState:
         epochs = {}
@@ -207,10 +211,7 @@ class Loop:
                     flush(keep=0)
                     self._save(self.place.local(state), number, step)
                     if self.asked:
-                        saved = (
-                            "its state is saved; the same command goes on from here" if self.store else "nothing saved"
-                        )
-                        raise Interrupted(f"stopped in phase {phase.name!r} at step {step}: {saved}")
+                        raise self._interrupted(phase, f"step {step}")
             flush(keep=0)
         finally:
             feed.close()
@@ -224,8 +225,6 @@ class Loop:
         changed = dict(on_epoch(local.variables, self.place.put_replicated(self.artefacts), key))
         params = changed.pop("params", local.params)
         return self.place.put_state(local.replace(params=params, collections={**local.collections, **changed}))
-
-    # ------------------------------------------------------------------------------------- fits and evaluations
 
     def _logged(self, phase: str, step: int, values: Mapping[str, float], prefix: str) -> None:
         self.metrics.update({f"{prefix}{k}": float(v) for k, v in values.items()})
@@ -276,8 +275,6 @@ class Loop:
             return (self.place.put_state(local) if any(e.commit for e in phase.evaluate) else state), False
         monitor, stopped = stops.watch(phase.stop, local.monitor, seen)
         return self.place.put_state(local.replace(monitor=monitor)), stopped
-
-    # --------------------------------------------------------------------------------------- saving and resuming
 
     def _save(self, state: TrainState, phase: int, step: int) -> None:
         if self.store is None:

@@ -88,7 +88,7 @@ class RunOptions:
             from checkpoints.partial import load_weights, merge
 
             flat = traverse_util.flatten_dict(dict(variables["params"]), sep="/")
-            merged, report = merge(flat, load_weights(Path(self.init)), self.init_only, rename)
+            merged, report = merge(flat, load_weights(Path(self.init).absolute()), self.init_only, rename)
             print(f"--init {self.init}: {report}", file=sys.stderr)
             return {**variables, "params": traverse_util.unflatten_dict(merged, sep="/")}
 
@@ -115,6 +115,8 @@ def parse(recipe: type[Recipe], options: type, argv: list[str], prog: str) -> tu
         found = capture_parser_errors(parsed, prog)
     finally:
         os.environ.pop("COLUMNS") if width is None else os.environ.update(COLUMNS=width)
+    if not 0 <= found.recipe.seed < 2**32:
+        raise UserError(f"--seed must lie in 0 .. 2**32 - 1, got {found.recipe.seed}")
     return found.recipe, found.options
 
 

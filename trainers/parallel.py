@@ -17,6 +17,8 @@ from trainers.state import TrainState
 from trainers.trees import flatten, unflatten
 
 PMAP_AXIS = "data"
+
+
 @dataclasses.dataclass(frozen=True)
 class Parallel:
     """How a run is spread.

@@ -67,5 +67,8 @@ def image_grid(images: np.ndarray, columns: int) -> np.ndarray:
 def save(fig, file: Path) -> None:
     """Writes a figure whole or not at all."""
     scratch = file.with_name(f".{file.name}.tmp.png")
-    fig.savefig(scratch)
-    scratch.replace(file)
+    try:
+        fig.savefig(scratch)
+        scratch.replace(file)
+    finally:
+        scratch.unlink(missing_ok=True)

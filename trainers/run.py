@@ -176,7 +176,7 @@ def train_in_memory(run: Run, steps_per_call: int = 0, seed: int = 0, devices: i
 
     record = Record()
     result = Loop(run, Settings(Parallel(devices=devices), steps_per_call), seed, record)()
-    return InMemory(result.variables, result.chosen, result.artefacts, result.metrics, record.history)
+    return InMemory(result.variables, result.chosen, result.artefacts, result.metrics, record.history, result.state)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -189,6 +189,7 @@ class InMemory:
       artefacts: of the phases.
       metrics: ``phase/metric`` or ``evaluation/metric`` -> last value.
       history: a dict for every logged line: ``phase``, ``step`` and the metrics.
+      state: the whole ``TrainState``: optimisers, ``loss[update]`` of the loss transformations.
     """
 
     variables: Mapping[str, Any]
@@ -196,6 +197,7 @@ class InMemory:
     artefacts: Mapping[str, Any]
     metrics: Mapping[str, float]
     history: Sequence[Mapping[str, Any]]
+    state: Any
 
     def curve(self, metric: str) -> tuple[list[int], list[float]]:
         """Steps and values of one metric over the run.

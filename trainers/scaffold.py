@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import keyword
 import re
 from pathlib import Path
@@ -120,13 +121,14 @@ def fields() -> dict[str, str]:
 
 def arm(arm: str, seed: int) -> dict[str, float]:
     """One arm of the claim on one seed."""
-    raise recipe.UserError(f"write trainers/recipes/FAMILY/NAME.py: arm({arm!r}, {seed}) is not written yet")
+    raise recipe.UserError(f"NAME: arm({arm!r}, {seed}) of the claim is not written yet")
 
 
 def benchmarks() -> list[recipe.Benchmark]:
     """The hot operation."""
     x = jnp.ones((1024, 64), jnp.float32)
-    return [recipe.Benchmark("NAME_score", method.NAME_score, (x, x), flops=2.0 * x.size, bytes=2.0 * x.nbytes)]
+    flops, moved = 2.0 * x.size, 2.0 * x.nbytes
+    return [recipe.Benchmark("score", method.NAME_score, (x, x), flops, moved)]
 
 
 def example() -> dict:
@@ -151,7 +153,8 @@ def reference(x, y):
 def test_NAME_score_equals_the_definition():
     rng = np.random.default_rng(0)
     x, y = rng.normal(size=(2, 5, 3)).astype(np.float32)
-    np.testing.assert_allclose(method.NAME_score(jnp.asarray(x), jnp.asarray(y)), reference(x, y), rtol=1e-5, atol=1e-6)
+    found = method.NAME_score(jnp.asarray(x), jnp.asarray(y))
+    np.testing.assert_allclose(found, reference(x, y), rtol=1e-5, atol=1e-6)
 
 
 def test_NAME_score_refuses_vectors_without_features():
@@ -174,8 +177,10 @@ def write_method(name: str, family: str | None, root: Path) -> list[Path]:
         raise UserError(f"zoo new {name} needs --family F, one of {', '.join(FAMILIES)}")
     if family not in FAMILIES:
         raise UserError(f"unknown family {family!r}; {nearest(family, FAMILIES)}")
-    if not re.fullmatch(r"[a-z][a-z0-9_]*", name) or keyword.iskeyword(name):
-        raise UserError(f"{name!r} cannot be a method's name: lower-case letters, digits and _, a letter first")
+    if not re.fullmatch(r"[a-z][a-z0-9_]{0,29}", name) or keyword.iskeyword(name):
+        raise UserError(
+            f"{name!r} cannot be a method's name: at most 30 lower-case letters, digits and _, a letter first"
+        )
     if name in {c.name for c in cards()}:
         raise UserError(f"the zoo has a method named {name!r} already; zoo show {name}")
     if not (root / "zoo" / "base.py").exists():
@@ -189,10 +194,19 @@ def write_method(name: str, family: str | None, root: Path) -> list[Path]:
         if file.exists():
             raise UserError(f"{file} exists already; nothing was written")
     title = name.replace("_", " ").capitalize()
-    for file, text in files.items():
-        file.parent.mkdir(parents=True, exist_ok=True)
-        package = file.parent / "__init__.py"
-        if not package.exists() and "tests" not in file.parts:
-            package.write_text(f'"""{family.capitalize()} methods."""\n')
-        file.write_text(text.replace("NAME", name).replace("FAMILY", family).replace("TITLE", title))
+    texts = {f: t.replace("NAME", name).replace("FAMILY", family).replace("TITLE", title) for f, t in files.items()}
+    for file in list(files)[:2]:
+        if not (package := file.parent / "__init__.py").exists():
+            texts[package] = f'"""{family.capitalize()} methods."""\n'
+    written: list[Path] = []
+    try:
+        for file, text in texts.items():
+            file.parent.mkdir(parents=True, exist_ok=True)
+            written.append(file)
+            file.write_text(text)
+    except OSError as error:
+        for file in written:
+            with contextlib.suppress(OSError):
+                file.unlink(missing_ok=True)
+        raise UserError(f"{error.filename or root}: {error.strerror or error}; nothing was written") from None
     return list(files)

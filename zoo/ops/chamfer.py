@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
+from zoo.ops.blocks import in_blocks
 from zoo.ops.search import Found, chunked_topk
 
 
@@ -34,14 +35,13 @@ def chamfer(
     pmask = jnp.ones(documents.shape[:2], bool) if pmask is None else pmask
     queries = queries.astype(jnp.float32)
 
-    def against(document):
-        tokens, mask = document
-        products = jnp.einsum("and,md->anm", queries, tokens.astype(jnp.float32), precision="highest")
-        best = jnp.max(jnp.where(mask, products, -jnp.inf), -1, initial=-jnp.inf)
+    def against(part):
+        tokens, mask = part
+        products = jnp.einsum("and,bmd->banm", queries, tokens.astype(jnp.float32), precision="highest")
+        best = jnp.max(jnp.where(mask[:, None, None], products, -jnp.inf), -1, initial=-jnp.inf)
         return jnp.sum(jnp.where(qmask, best, 0.0), -1)
 
-    scores = jax.lax.map(against, (documents, pmask), batch_size=min(block, documents.shape[0]))
-    return scores.T
+    return in_blocks(against, (documents, pmask), block).T
 
 
 def chamfer_topk(

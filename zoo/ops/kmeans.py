@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int, Key, UInt
+
+from zoo.ops.blocks import in_blocks
 
 AnyKey = Key[Array, ""] | UInt[Array, "2"]
 
@@ -36,10 +38,11 @@ def assign(x: Float[Array, "n d"], centroids: Float[Array, "k d"], chunk: int = 
     c = centroids - centre
     half = 0.5 * jnp.sum(jnp.square(c), -1)
 
-    def nearest(point):
-        return jnp.argmin(half - jnp.matmul(c, point - centre, precision="highest")).astype(jnp.int32)
+    def nearest(points):
+        products = jnp.matmul(points - centre, c.T, precision="highest")
+        return jnp.argmin(half - products, -1).astype(jnp.int32)
 
-    return jax.lax.map(nearest, x, batch_size=min(chunk, x.shape[0]))
+    return in_blocks(nearest, x, chunk)
 
 
 def kmeans(
@@ -48,7 +51,7 @@ def kmeans(
     k: int,
     iterations: int = 20,
     mask: Bool[Array, "n"] | None = None,
-    start: Literal["++", "random"] = "++",
+    start: str = "++",
     chunk: int = 4096,
 ) -> Clusters:
     """Lloyd's algorithm.

@@ -16,6 +16,7 @@ from flax import struct
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
+from zoo.ops.blocks import in_blocks
 from zoo.ops.topk import top_k
 
 Found = tuple[Float[Array, "q k"], Int[Array, "q k"]]
@@ -62,7 +63,7 @@ def chunked_topk(
     return first if chunks == 1 else jax.lax.scan(step, first, jnp.arange(1, chunks, dtype=jnp.int32))[0]
 
 
-def _merge(a: Found, b: Found, k: int) -> Found:
+def _merge(a: tuple[Array, Array], b: tuple[Array, Array], k: int) -> Found:
     # a holds the lower ids, so the order of places breaks ties by id
     values, at = jax.lax.top_k(jnp.concatenate([a[0], b[0]], -1), k)
     ids = jnp.take_along_axis(jnp.concatenate([a[1], b[1]], -1), at, -1)
@@ -104,14 +105,14 @@ def mips_topk(
     return chunked_topk(score, queries.shape[0], documents.shape[0], k, chunk, mask)
 
 
-def merge_over_axis(values: Float[Array, "q c"], ids: Int[Array, "q c"], k: int, shard: int, axis_name: str) -> Found:
+def merge_over_axis(values: Float[Array, "q c"], ids: Int[Array, "q c"], k: int, shard: int, axis_name: Any) -> Found:
     """Merges each device's candidates under a mapped axis: only the candidates travel, never documents or scores.
 
     Args:
       values, ids: this device's best, as a search over its own documents returns them (``-1`` where there is none).
       k: how many to keep, at most the number of devices times c.
       shard: documents on each device; device i holds ids ``i * shard`` onwards.
-      axis_name: the mapped axis (``shard_map`` or ``pmap``).
+      axis_name: the mapped axis (``shard_map`` or ``pmap``), or several, outermost first.
 
     Returns:
       The same on every device: scores ``[q, k]`` and global ids.
@@ -224,7 +225,7 @@ def rerank(
         scores, at = jax.lax.top_k(exact, k)
         return scores, jnp.where(ids[at] == last, -1, ids[at])
 
-    scores, ids = jax.lax.map(one, (queries, ordered), batch_size=batch)
+    scores, ids = in_blocks(jax.vmap(one), (queries, ordered), batch)
     return Ranking(scores, ids, jnp.sum(candidates >= 0, -1, dtype=jnp.int32))
 
 

@@ -133,8 +133,7 @@ class Recipe(base.Recipe):
         phases = few_shot_sessions([objective_phase], fit_base, fit_session, evaluate, sessions)
 
         def export(variables, artefacts):
-            kept = {c: v for c, v in variables.items() if c != "raw_bank"}
-            return Export(network, kept, {"classes": capacity, "inputs": "images scaled to [-1, 1]"})
+            return Export(network, variables, {"classes": capacity, "inputs": "images scaled to [-1, 1]"})
 
         def summary(metrics):
             last = f"after{sessions}/"
@@ -151,6 +150,8 @@ class Recipe(base.Recipe):
         )  # fmt: skip
 
     def _check(self, data: Dataset) -> int:
+        if "label" not in data["train"]:
+            raise UserError(f"{data.name!r} has no field 'label'; teen needs the class of every image")
         classes = int(data.info["num_classes"]) if "num_classes" in data.info else int(data["train"]["label"].max()) + 1
         if self.way < 1 or self.shot < 1 or self.epochs < 1:
             raise UserError(f"--way {self.way}, --shot {self.shot} and --epochs {self.epochs} must be at least 1")

@@ -110,6 +110,7 @@ class Recipe(base.Recipe):
             export=export,
             figures=functools.partial(draw_pairs, train=train, recipe=self) if self.mining else None,
             data_fingerprint=dataset.fingerprint,
+            from_export=lambda weights: {c: {"encoder": w} for c, w in weights.items()},
             summary=lambda m: f"linear probe on {dataset.name}: test accuracy {m['probe/accuracy']:.3f}",
         )
 
