@@ -23,12 +23,12 @@ def prototype_mixtures(
     """Classes as directions on a sphere; each novel one is a mixture of two base ones plus a direction of its own.
 
     Novel directions are ``unit(b_i + b_j + 0.5 u)`` with a random unit ``u``; samples add Gaussian noise with standard
-    deviation ``noise`` per coordinate (teen's brief, check c).  Base prototypes are given without noise, as after a base
-    session with plenty of data.
+    deviation ``noise`` per coordinate (teen's brief, check c).  Base prototypes are given without noise, as after a
+    base session with plenty of data.
 
     Returns:
-      Splits ``shots`` (the few shots of the novel classes) and ``test`` (all classes), fields ``x`` and ``label``; base
-      classes are 0 .. base - 1.  ``info``: ``prototypes`` (true directions, all classes), ``num_base``, ``num_classes``.
+      Splits ``shots`` (the few shots of the novel classes) and ``test`` (all classes), fields ``x`` and ``label``;
+      base classes are 0 .. base - 1.  ``info``: ``prototypes`` (true directions), ``num_base``, ``num_classes``.
     """
     rng = np.random.default_rng([seed, 71])
     directions = _unit(rng.normal(size=(base, dimension)))

@@ -125,9 +125,9 @@ def test_every_public_name_has_a_docstring():
             if ast.get_docstring(tree) is None:
                 missing.append(f"{file.relative_to(ROOT)}")
             for node in tree.body:
-                if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_"):
-                    if ast.get_docstring(node) is None:
-                        missing.append(f"{file.relative_to(ROOT)}:{node.lineno} {node.name}")
+                public = isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_")
+                if public and ast.get_docstring(node) is None:
+                    missing.append(f"{file.relative_to(ROOT)}:{node.lineno} {node.name}")
     assert not missing, "\n".join(missing)
 
 

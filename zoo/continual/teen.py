@@ -5,8 +5,8 @@ NeurIPS 2023, arXiv 2312.05229.
 
 A base session trains an encoder on many classes with a cosine classifier; afterwards each new session brings N classes
 with K images and no old data.  Class means in the frozen feature space classify well but take most new-class images for
-base classes.  Yet the base-trained encoder puts a new class nearest to the base classes it resembles: TEEN moves each new
-prototype towards a similarity-weighted mean of the base prototypes.  Nothing is trained in the later sessions.
+base classes.  Yet the base-trained encoder puts a new class nearest to the base classes it resembles: TEEN moves each
+new prototype towards a similarity-weighted mean of the base prototypes.  Nothing is trained in the later sessions.
 
 Notation as in the paper: ``b_k`` normalised base prototypes, ``c_n`` normalised new means, ``D_n`` the calibration
 direction, ``tau`` the softmax temperature.  ``shift_weight`` multiplies ``D_n`` (the paper's 1 - alpha, the released
@@ -98,7 +98,7 @@ def calibration_direction(
 ) -> Float[Array, "n d"]:
     """``D_n = l2norm(sum_k softmax_k(tau <c_n, b_k>) b_k)``, over base prototypes only.
 
-    ``tau`` = 0 gives every class the same mean direction of the base; ``tau`` to infinity copies the nearest base class.
+    ``tau`` = 0 gives every class the base's mean direction; ``tau`` to infinity copies the nearest base class.
     """
     b, c = l2_normalize(base), l2_normalize(new)
     similarity = tau * (c @ b.T)
@@ -157,7 +157,7 @@ def base_bank(
     capacity: int,
     valid: Bool[Array, "n"] | None = None,
 ) -> PrototypeBank:
-    """The bank after the base session: ``W_k`` = mean of un-normalised features of class k < B (replaces the learned W)."""
+    """The bank after the base session: ``W_k``, k < B, is the mean of un-normalised features (not the learned W)."""
     means, _ = class_means(features, labels, capacity, valid)
     is_base = jnp.arange(capacity) < num_base
     return PrototypeBank(jnp.where(is_base[:, None], means, 0.0), is_base, is_base)
@@ -240,9 +240,9 @@ CARD = Card(
     year=2023,
     kind="closed form",
     idea=(
-        "After a base session, new classes arrive with a few images each. A frozen encoder with class means takes most of "
-        "them for base classes; but it also puts each new class near the base classes it resembles. TEEN moves every new "
-        "prototype towards the similarity-weighted mean of base prototypes. Two scalars, no training."
+        "After a base session, new classes arrive with a few images each. A frozen encoder with class means takes "
+        "most of them for base classes; but it also puts each new class near the base classes it resembles. TEEN moves "
+        "every new prototype towards the similarity-weighted mean of base prototypes. Two scalars, no training."
     ),
     citation="Wang, Zhou, Zhang, Zhan, Ye; NeurIPS 2023; arXiv 2312.05229",
     plugs_into=("any encoder with class means", "few-shot class-incremental sessions", "nearest-prototype classifiers"),
@@ -261,8 +261,8 @@ CARD = Card(
     ),
     claim=Claim(
         statement=(
-            "With new classes that are noisy mixtures of base classes, calibrated prototypes (shift_weight 0.5, tau 16) "
-            "have a higher harmonic mean of base and novel accuracy than raw class means (shift_weight 0)."
+            "With new classes that are noisy mixtures of base classes, calibrated prototypes (shift_weight 0.5, tau 16)"
+            " have a higher harmonic mean of base and novel accuracy than raw class means (shift_weight 0)."
         ),
         metric="harmonic",
         effect=0.05,
@@ -275,7 +275,7 @@ CARD = Card(
     cost="O(n B D) once per session; nothing to optimise",
     official_code="wangkiw/TEEN",
     departures=(
-        "shift_weight multiplies the calibration direction, as in the released code; the paper's alpha is its complement",
+        "shift_weight multiplies the calibration direction, as released; the paper's alpha is its complement",
         "model selection by validation accuracy is left to the user; the released code selects on the test set",
         "accuracy is exact over examples; the released code averages per-batch accuracies",
     ),

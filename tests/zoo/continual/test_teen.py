@@ -354,7 +354,7 @@ def test_recipe_evaluation_counts_real_rows_only():
     batch = jax.tree.map(jnp.asarray, evaluation.stream.batch(evaluation.stream.steps_per_epoch - 1))
     assert 0 < int(batch["mask"].sum()) < batch["mask"].shape[0]
     variables = run.phases[0].updates["main"].objective.init(jax.random.key(0), batch)
-    bank = dict(weights=jnp.eye(10, 64), is_base=jnp.arange(10) < 6, is_seen=jnp.arange(10) < 6)
+    bank = {"weights": jnp.eye(10, 64), "is_base": jnp.arange(10) < 6, "is_seen": jnp.arange(10) < 6}
     context = Context(rng=jax.random.key(0), train=False)
     blank = jax.tree.map(jnp.asarray, evaluation.init())
     seen, _ = evaluation.update(blank, {**variables, "bank": bank, "raw_bank": bank}, batch, context)

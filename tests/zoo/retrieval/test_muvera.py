@@ -1,4 +1,4 @@
-"""muvera against its definition, the port's numbers, and the limits its brief names."""
+"""muvera against its definition, the released code's numbers, and the limits its brief names."""
 
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from zoo.ops.fingerprint import fingerprint as fingerprint_of
 from zoo.retrieval import muvera
 from zoo.retrieval.muvera import FDEConfig, FDEParams
 
-GOLDEN = np.load(Path(__file__).resolve().parents[2] / "golden" / "muvera_port.npz")
+GOLDEN = np.load(Path(__file__).resolve().parents[2] / "golden" / "muvera_official.npz")
 query = jax.jit(muvera.encode_query_fde)
 document = jax.jit(muvera.encode_document_fde, static_argnums=3)
 
@@ -97,27 +97,27 @@ def gray_places(k):
     return np.array(places)
 
 
-@pytest.mark.parametrize("k", [2, 4])
-@pytest.mark.parametrize("inner", ["identity", "sketch"])
-def test_the_ports_numbers(k, inner):
-    proj = jnp.asarray(GOLDEN["proj"]) if inner == "sketch" else None
-    params = FDEParams(jnp.asarray(GOLDEN[f"planes{k}"]), proj)
+@pytest.mark.parametrize("k", [3, 4])
+@pytest.mark.parametrize("kind", ["identity", "sketch", "final"])
+def test_released_code_gives_the_same_encodings(k, kind):
+    params = FDEParams(jnp.asarray(GOLDEN[f"planes{k}"]), None if kind == "identity" else jnp.asarray(GOLDEN["proj"]))
+    places = gray_places(k)
+    if kind == "final":
+        # the final sketch reads blocks where the released code puts them
+        reorder = lambda x: jnp.asarray(x.reshape(3, 2**k, 4)[:, places].ravel())  # noqa: E731
+        index, sign = reorder(GOLDEN[f"final_index{k}"]), reorder(GOLDEN[f"final_sign{k}"])
+        params = params.replace(final_index=index, final_sign=sign, final_dim=10)
     (queries, qmask), (documents, mask) = padded(["Q0", "Q1"], 5), padded(["P0", "P1", "P2"], 7)
     found = {
-        f"query_{inner}_{k}": query(params, queries, qmask),
-        f"document_{inner}_{k}": document(params, documents, mask, False),
-        f"filled_{inner}_{k}": document(params, documents, mask, True),
+        "query": query(params, queries, qmask),
+        "document": document(params, documents, mask, False),
+        "filled": document(params, documents, mask, True),
     }
-    for name, rows in found.items():
-        if name in GOLDEN:
-            expected = GOLDEN[name].reshape(len(rows), 3, 2**k, -1)[:, :, gray_places(k)]
-            np.testing.assert_allclose(rows, expected.reshape(len(rows), -1), atol=1e-5)
-    if inner == "sketch":
-        reorder = lambda x: jnp.asarray(x.reshape(3, 2**k, 4)[:, gray_places(k)].ravel())  # noqa: E731
-        index, sign = reorder(GOLDEN[f"final_index{k}"]), reorder(GOLDEN[f"final_sign{k}"])
-        final = params.replace(final_index=index, final_sign=sign, final_dim=10)
-        np.testing.assert_allclose(query(final, queries, qmask), GOLDEN[f"final_query_{k}"], atol=1e-5)
-        np.testing.assert_allclose(document(final, documents, mask, False), GOLDEN[f"final_document_{k}"], atol=1e-5)
+    for mode, rows in found.items():
+        expected = GOLDEN[f"{mode}_{kind}_{k}"]
+        if kind != "final":
+            expected = expected.reshape(len(rows), 3, 2**k, -1)[:, :, places].reshape(len(rows), -1)
+        np.testing.assert_allclose(rows, expected, atol=1e-5)
 
 
 def test_without_hyperplanes_it_is_sum_times_mean():
