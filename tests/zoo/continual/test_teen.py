@@ -258,6 +258,9 @@ def test_task_matrix_summary_by_hand():
     assert performance_drop(np.array([0.9, 0.75, 0.6])) == pytest.approx(0.3)
     assert harmonic_mean(0.0, 0.0) == 0
     assert harmonic_mean(0.5, 0.25) == pytest.approx(1 / 3)
+    improved = task_matrix({(0, 0): 0.5, (1, 0): 0.8, (1, 1): 0.6}, 2)  # a task that got better was not forgotten
+    assert continual_summary(improved)["forgetting"] == pytest.approx(-0.3)
+    assert continual_summary(improved)["backward_transfer"] == pytest.approx(0.3)
     matrix[1, 0] = np.nan
     with pytest.raises(ValueError, match=r"R\[1, 0\]"):
         continual_summary(matrix)
