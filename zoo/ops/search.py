@@ -64,10 +64,9 @@ def chunked_topk(
 
 
 def _merge(a: tuple[Array, Array], b: tuple[Array, Array], k: int) -> Found:
-    # a holds the lower ids, so the order of places breaks ties by id
+    # a holds the lower ids, so the order of places breaks ties by id; its empty slots precede masked documents of b
     values, at = jax.lax.top_k(jnp.concatenate([a[0], b[0]], -1), k)
-    ids = jnp.take_along_axis(jnp.concatenate([a[1], b[1]], -1), at, -1)
-    return values, jnp.where(values == -jnp.inf, -1, ids)
+    return values, jnp.take_along_axis(jnp.concatenate([a[1], b[1]], -1), at, -1)
 
 
 def mips_topk(

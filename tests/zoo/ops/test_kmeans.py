@@ -74,6 +74,16 @@ def test_empty_clusters_move_to_the_farthest_points():
     assert {tuple(c) for c in np.asarray(found.centroids)} == {tuple(p) for p in x}
 
 
+def test_several_empty_clusters_take_different_points_at_once():
+    x = jnp.asarray([[0.0, 0]] * 6 + [[5, 0], [0, 9]])
+    for seed in range(50):
+        if not np.any(fit(jax.random.key(seed), x, 3, 0, start="random").centroids):
+            break
+    # all three start at the origin: the first keeps every point, the others take the farthest two, farthest first
+    moved = fit(jax.random.key(seed), x, 3, 1, start="random").centroids
+    np.testing.assert_allclose(moved, [[5 / 8, 9 / 8], [0, 9], [5, 0]], atol=1e-6)
+
+
 def test_masked_points_have_no_say():
     x, _ = blobs()
     noise = np.full((30, 2), np.nan, np.float32)

@@ -274,6 +274,10 @@ def test_ball_carving():
     found, mask = jax.jit(muvera.ball_carve)(tokens, None, 0.7)
     np.testing.assert_allclose(found, [[1.8, 0.6], [0.6, 1.8], [0, 0], [0, 0], [-1, 0]], atol=1e-6)
     np.testing.assert_array_equal(mask, [True, True, False, False, True])
+    # a taken token opens no cluster, though a free one lies near it
+    chain, mask = muvera.ball_carve(jnp.asarray([[1.0, 0], [0.8, 0.6], [0.28, 0.96]]), tau=0.7)
+    np.testing.assert_allclose(chain, [[1.8, 0.6], [0, 0], [0.28, 0.96]], atol=1e-6)
+    np.testing.assert_array_equal(mask, [True, False, True])
     # the boundary belongs to the ball, and a taken token is taken once
     edge, mask = muvera.ball_carve(jnp.asarray([[1.0, 0], [0.5, 0.0], [0.5, 0.0]]), tau=0.5)
     np.testing.assert_allclose(edge[0], [2.0, 0.0])
