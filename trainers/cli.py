@@ -274,6 +274,8 @@ def _show(argv: list[str]) -> int:
     better = "higher" if claim.higher_is_better else "lower"
     print(f"  {claim.metric} ({better} is better): {claim.method} against {claim.baseline}, effect of interest"
           f" {claim.effect:g}, trivial arm {claim.trivial}; zoo claim {c.name}")  # fmt: skip
+    if claim.remark:
+        print(fill(claim.remark))
     return 0
 
 

@@ -24,6 +24,7 @@ def table(root: Path) -> str:
                 f"{found['arms']['baseline']['mean']:.4g} ({card.claim.baseline}), trivial "
                 f"{found['arms']['trivial']['mean']:.4g}; improvement {found['paired']['mean']:+.4g} "
                 f"[{low:+.4g}, {high:+.4g}], registered effect {card.claim.effect:g}, {found['seeds']} seeds"
+                + (f". {card.claim.remark}" if card.claim.remark else "")
             )
         lines.append(f"| `{card.name}` | {card.family} | {card.kind} | {card.year} | {card.title} | {claim} |")
     return "\n".join(lines)

@@ -35,6 +35,7 @@ class Claim:
       method, baseline, trivial: names of the arms; ``trivial`` needs no learning.
       higher_is_better: direction of the metric.
       seeds: default number of paired seeds.
+      remark: written after a run: why it came out as it did, where that needs saying.
       budget: what every arm gets (steps, tuning trials), in words.
     """
 
@@ -46,6 +47,7 @@ class Claim:
     trivial: str
     higher_is_better: bool = True
     seeds: int = 5
+    remark: str = ""
     budget: str = "the same steps, data and settings; no tuning in any arm"
 
 
