@@ -27,7 +27,10 @@ def file(tmp_path_factory):
     return str(path)
 
 
-@pytest.mark.parametrize("backbone", ["mf", "lightgcn", "neumf", "multvae"])
+SLOW = [pytest.param(b, marks=pytest.mark.slow) for b in ("neumf", "multvae")]
+
+
+@pytest.mark.parametrize("backbone", ["mf", "lightgcn", *SLOW])
 def test_backbones_start_masked_learn_and_rank(backbone, file):
     made = dataclasses.replace(TINY, backbone=backbone, data=Data(path=file, split="random"))
     run = made.build()

@@ -70,6 +70,7 @@ def test_a_run_on_files_leaves_a_model_that_searches(folder, tmp_path):
                  Settings(Parallel(devices=1)), progress=False)["already"]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_quantised_bf16_projected_and_carved_runs(folder, tmp_path):
     data = Data(path=str(folder))
     metrics = run(tmp_path / "a", data=data, pq_group=8, pq_centroids=16, final_dim=16, final_projection="count_sketch")

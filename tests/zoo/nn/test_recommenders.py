@@ -182,6 +182,7 @@ def test_sizes_and_initialisation_are_the_briefs():
 # --- objectives -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow  # the conformance table asks the same of lightgcn
 @pytest.mark.parametrize("kind", KINDS)
 def test_one_device_is_pmap_over_eight(kind):
     obj, data, variables = prepared(kind, 16)
