@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from zoo.ops.prototypes import l2_normalize
+
 
 def unit_rows(z: Float[Array, "b d"], mask: Bool[Array, "b"] | None = None) -> Float[Array, "b d"]:
     """Rows scaled to length 1, in float32; all-zero and masked rows become 0, with zero gradient.
@@ -21,8 +23,7 @@ def unit_rows(z: Float[Array, "b d"], mask: Bool[Array, "b"] | None = None) -> F
     z = z.astype(jnp.float32)
     if mask is not None:
         z = jnp.where(mask[:, None], z, 0.0)
-    # the maximum is taken before the root, so that a zero row has a gradient
-    return z * jax.lax.rsqrt(jnp.maximum(jnp.sum(z * z, axis=1, keepdims=True), 1e-24))
+    return l2_normalize(z)
 
 
 def nt_xent_per_example(

@@ -10,6 +10,7 @@ from jaxtyping import Array, Bool, Float, Int
 def l2_normalize(x: Float[Array, "*b d"], eps: float = 1e-12) -> Float[Array, "*b d"]:
     """Rows scaled to unit length; a zero row stays zero and has a finite gradient."""
     square = jnp.sum(jnp.square(x), axis=-1, keepdims=True)
+    # the maximum is taken before the root, so that a zero row has a gradient
     return x * jax.lax.rsqrt(jnp.maximum(square, eps * eps))
 
 

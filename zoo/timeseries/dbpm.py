@@ -378,7 +378,7 @@ CARD = Card(
         trivial="untrained_encoder",
         remark=(
             "The gain is positive on four of five seeds but below the registered point: SimCLR alone is near its "
-            "ceiling here, and the mining flags under half of the planted pairs (with precision 1.0), mostly faulty ones"
+            "ceiling here, and the mining flags under half of the planted pairs (precision 1.0), mostly faulty ones"
         ),
     ),
     cost="O(B) per step and O(N) per epoch beside the host's loss; 3 numbers and 3 flags per instance",
