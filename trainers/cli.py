@@ -9,7 +9,7 @@ import math
 import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -403,8 +403,8 @@ def _new(argv: list[str]) -> int:
     return 0
 
 
-def capture_parser_errors(parse: Callable[[], Any], prog: str) -> Any:
-    """Runs a tyro parser; its boxed error text becomes one UserError line."""
+def capture_parser_errors(parse: Callable[[], Any], prog: str, known: Sequence[str] = ()) -> Any:
+    """Runs a tyro parser; its boxed error text becomes one UserError line.  ``known`` are the options there are."""
     from trainers.errors import UserError
 
     errors = io.StringIO()
@@ -414,10 +414,10 @@ def capture_parser_errors(parse: Callable[[], Any], prog: str) -> Any:
     except SystemExit as stop:
         if stop.code in (0, None):
             raise
-        raise UserError(parser_message(errors.getvalue(), prog)) from None
+        raise UserError(parser_message(errors.getvalue(), prog, known)) from None
 
 
-def parser_message(boxed: str, prog: str) -> str:
+def parser_message(boxed: str, prog: str, known: Sequence[str] = ()) -> str:
     """The gist of tyro's boxed error: its message, put in words, and the options that were perhaps meant."""
     lines = [line.strip("│|╭╮╰╯ ") for line in boxed.splitlines()][1:]  # the first line is a title
     parts: list[list[str]] = [[]]
@@ -440,9 +440,21 @@ def parser_message(boxed: str, prog: str) -> str:
         if not wrong:
             return f"unexpected argument {found[1].split(', ')[0]!r}; {prog} --help lists the options"
         near = dict.fromkeys(m[1] for part in parts[1:] for line in part if (m := re.match(r"(--[\w.-]+)", line)))
+        near = near or dict.fromkeys(nearest_options(wrong[0], known))
         hint = f"did you mean {' or '.join(list(near)[:3])}?" if near else f"{prog} --help lists the options"
         return f"unknown option {wrong[0]!r}; {hint}"
     return text
+
+
+def nearest_options(wrong: str, known: Sequence[str]) -> list[str]:
+    """Options whose last part is near the wrong one's: ``--lerning-rate`` finds ``--optimizer.learning-rate``."""
+    import difflib
+
+    last = lambda option: option.lstrip("-").partition("=")[0].rpartition(".")[2]  # noqa: E731
+    by_last: dict[str, list[str]] = {}
+    for option in known:
+        by_last.setdefault(last(option), []).append(option)
+    return [o for part in difflib.get_close_matches(last(wrong), by_last, n=2, cutoff=0.6) for o in by_last[part]]
 
 
 if __name__ == "__main__":

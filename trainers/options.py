@@ -95,6 +95,15 @@ class RunOptions:
         return edit, f"{self.init} only {self.init_only} rename {self.init_rename}"
 
 
+def option_names(settings: Any, prefix: str = "--") -> list[str]:
+    """The options made from a dataclass with defaults, nested ones with a dot."""
+    names: list[str] = []
+    for field in dataclasses.fields(settings):
+        value, name = getattr(settings, field.name), prefix + field.name.replace("_", "-")
+        names += option_names(value, f"{name}.") if dataclasses.is_dataclass(value) else [name]
+    return names
+
+
 def parse(recipe: type[Recipe], options: type, argv: list[str], prog: str) -> tuple[Recipe, Any]:
     """Parses a command line into a recipe and run options; unknown options and wrong values are one-line errors."""
     joined = dataclasses.make_dataclass(
@@ -112,7 +121,7 @@ def parse(recipe: type[Recipe], options: type, argv: list[str], prog: str) -> tu
     os.environ["COLUMNS"] = "2000"  # errors are read back from tyro's box: its lines must not be broken
     try:
         parsed = lambda: tyro.cli(joined, args=argv, prog=prog, description=description)  # noqa: E731
-        found = capture_parser_errors(parsed, prog)
+        found = capture_parser_errors(parsed, prog, [*option_names(recipe()), *option_names(options())])
     finally:
         os.environ.pop("COLUMNS") if width is None else os.environ.update(COLUMNS=width)
     if not 0 <= found.recipe.seed < 2**32:

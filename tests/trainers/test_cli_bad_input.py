@@ -435,3 +435,15 @@ def test_a_run_that_diverges_says_where_and_keeps_its_folder(here, capsys):
 
 def test_root_is_the_repository():
     assert (ROOT / "zoo" / "base.py").exists()
+
+
+@pytest.mark.parametrize(
+    ("wrong", "right"),
+    [("--lerning-rate", "--optimizer.learning-rate"), ("--stpes", "--steps"), ("--pth", "--data.path")],
+)
+def test_options_are_found_by_their_last_part(wrong, right):
+    from trainers.cli import nearest_options
+    from trainers.options import RunOptions, option_names
+    from trainers.recipes.diffusion.ict import Recipe
+
+    assert right in nearest_options(wrong, [*option_names(Recipe()), *option_names(RunOptions())])
