@@ -26,7 +26,7 @@ def test_a_run_killed_at_random_moments_ends_bitwise_equal(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "devices"), [("toy", 1), ("toy-scan", 1), ("toy-jit", 8), ("toy-pmap", 8)])
 def test_twenty_kills(tmp_path, name, devices):
-    found = unkillable.check(name, [], 20, tmp_path, seed=1, devices=devices)
+    found = unkillable.check(name, ['{"steps": 300}'], 20, tmp_path, seed=1, devices=devices)
     assert sum(found["kills"].values()) == 20
 
 

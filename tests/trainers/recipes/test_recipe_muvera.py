@@ -43,6 +43,7 @@ def run(into, **change):
     return found["metrics"]
 
 
+@pytest.mark.slow
 def test_a_run_on_files_leaves_a_model_that_searches(folder, tmp_path):
     metrics = run(tmp_path, data=Data(path=str(folder)), compare=True)
     assert metrics["measure/reranked_recall_1_at_1"] == 1 and metrics["measure/reranked_overlap_at_k"] == 1

@@ -89,6 +89,7 @@ def test_eight_devices_find_what_one_finds(documents, chunk, masked):
         check(found, search.mips_topk(QUERIES, documents, k, chunk, given))
 
 
+@pytest.mark.slow
 def test_two_axes_and_pmap_merge_alike():
     documents = DOCUMENTS[:40]
     mesh = jax.make_mesh((2, 4), ("data", "fsdp"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
