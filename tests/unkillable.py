@@ -109,7 +109,8 @@ def check(name: str, options: list[str], kills: int, folder: Path, seed: int = 0
     while sum(struck.values()) < kills and attempts < 3 * kills:
         attempts += 1
         kind = KINDS[attempts % len(KINDS)] if attempts <= len(KINDS) else rng.choice(KINDS)
-        nth = rng.randint(1, 12) if kind == "step" else rng.randint(1, 2)
+        # a resumed run starts one training phase at least, but perhaps no second one
+        nth = {"step": rng.randint(1, 12), "phase": 1}.get(kind, rng.randint(1, 2))
         plan = {"kind": kind, "nth": nth, "delay": rng.random() * 0.15}
         if run(haunted, name, options, plan, devices) == 0:
             break  # it finished before the blow fell
