@@ -140,6 +140,7 @@ class Loop:
             variables = {}
             for objective, batch in reversed(found):
                 variables = {**variables, **init_variables(objective, rng, batch)}
+        variables = self.place.name_axes(variables)
         return self.init(variables) if self.init is not None else variables
 
     def _train(self, number: int, phase: Alternate, state: TrainState) -> TrainState:
@@ -287,6 +288,7 @@ class Loop:
             "parallel": dict(describe(self.settings.parallel)),
             "artefacts": artefact_files.fingerprints(self.artefacts),
             "lines": self.record.lines,
+            "axes": self.place.names,
         }
         current = self.run.phases[phase if step else phase - 1]
         stop = current.stop if isinstance(current, Alternate) else None

@@ -15,6 +15,7 @@ from jax.sharding import PartitionSpec as P
 from trainers.recipe import UserError
 from trainers.state import TrainState
 from trainers.trees import flatten, unflatten
+from zoo.nn.partitioning import axis_names, partition_spec, unbox
 
 PMAP_AXIS = "data"
 
@@ -56,6 +57,7 @@ class Placement:
         if parallel.fsdp < 1 or parallel.tensor < 1 or count % (parallel.fsdp * parallel.tensor):
             raise UserError(f"--fsdp {parallel.fsdp} x --tensor {parallel.tensor} does not divide {count} devices")
         self.parallel, self.rules, self.count = parallel, rules, count
+        self.names: dict[str, tuple[str | None, ...]] = {}
         self.devices = jax.devices()[:count]
         self.pmapped = parallel.mode == "pmap"
         if self.pmapped and parallel.fsdp * parallel.tensor > 1:
@@ -80,8 +82,14 @@ class Placement:
         if batch_size % self.shards:
             raise UserError(f"--batch-size {batch_size} does not divide over {self.shards} devices; choose a multiple")
 
+    def name_axes(self, variables: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Learns the logical axis names that modules put on their parameters; returns the variables without them."""
+        self.names |= {path.partition("/")[2]: names for path, names in axis_names(variables).items()}
+        return unbox(variables)
+
     def state_shardings(self, state: Any) -> Any:
-        """A sharding for every leaf: tensor rules, then the largest divisible axis over ``fsdp``, else replicated."""
+        """A sharding for every leaf: the run's rules, then the axes that the module names (zoo.nn.partitioning), then
+        the largest divisible axis over ``fsdp``, else replicated."""
         flat = flatten(state)
         return unflatten({path: self.leaf_sharding(path, np.shape(leaf)) for path, leaf in flat.items()}, state)
 
@@ -92,11 +100,24 @@ class Placement:
             for pattern, spec in self.rules:
                 if self.parallel.tensor > 1 and re.search(pattern, path) and len(spec) <= len(shape):
                     return NamedSharding(self.mesh, spec)
+            spec = self._named(path, shape)
+            if any(spec):
+                return NamedSharding(self.mesh, spec)
             axes = [a for a in range(len(shape)) if shape[a] % fsdp == 0]
             if fsdp > 1 and axes and np.prod(shape) >= self.parallel.fsdp_minimum:
                 widest = max(axes, key=lambda a: shape[a])
                 return NamedSharding(self.mesh, P(*[None] * widest, "fsdp"))
         return self.replicated
+
+    def _named(self, path: str, shape: tuple[int, ...]) -> P:
+        # the moments of a parameter lie under its own path, somewhere below the optimiser
+        parts = path.split("/")
+        names = next((n for i in range(1, len(parts)) if (n := self.names.get("/".join(parts[i:])))), None)
+        if names is None or len(names) != len(shape) or np.prod(shape) < self.parallel.fsdp_minimum:
+            return P()
+        # an axis of size 1 in the mesh shards nothing: the parameter may yet be spread by its largest axis
+        used = [a if a and self.mesh.shape[a] > 1 else None for a in partition_spec(names, shape, self.mesh)]
+        return P(*used)
 
     def put_state(self, state: TrainState) -> TrainState:
         """The state on its devices (under ``pmap`` with a leading device axis)."""

@@ -42,7 +42,12 @@ def abstract(place: Placement, like: TrainState) -> dict[str, jax.ShapeDtypeStru
 
 def restore(store: Any, phases: Sequence[Any], place: Placement, note: Callable[[str], None]):
     """The newest whole checkpoint: ``(number, state, meta)``, or ``None``; a damaged one is named and passed over."""
-    found = store.restore_latest(lambda manifest: abstract(place, structure(phases, manifest)), note)
+
+    def wanted(manifest):
+        place.names = {path: tuple(names) for path, names in manifest["meta"].get("axes", {}).items()}
+        return abstract(place, structure(phases, manifest))
+
+    found = store.restore_latest(wanted, note)
     if found is None:
         return None
     number, flat, manifest = found

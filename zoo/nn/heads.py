@@ -52,3 +52,25 @@ class WithHead(nn.Module):
         # copies, because the axis is known only where the step is built
         encoder = self.body.copy(name="encoder", axis_name=self.axis_name)
         return self.projection.copy(name="head")(encoder(x, train, mask))
+
+
+class Pick(nn.Module):
+    """One array of a backbone that returns several by name, as encoders under a head must.
+
+    Attributes:
+      body: ``(x, train, mask) -> {name: array}``; its parameters lie under ``backbone``.
+      name_of: which one: ``pooled``.
+      axis_name: handed on to the backbone.
+    """
+
+    body: nn.Module
+    name_of: str = "pooled"
+    axis_name: str | None = None
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "b *dims"], train: bool = False, mask: Bool[Array, "b"] | None = None
+    ) -> Float[Array, "b *out"]:
+        """``[B, ...]`` to what the backbone calls by that name."""
+        fields = {"axis_name": self.axis_name} if hasattr(self.body, "axis_name") else {}
+        return self.body.copy(name="backbone", **fields)(x, train=train, mask=mask)[self.name_of]

@@ -19,12 +19,15 @@ class BatchNorm(nn.Module):
     Attributes:
       momentum: of the running statistics, ``running = momentum * running + (1 - momentum) * batch``.
       epsilon: added to the variance.
+      unbiased: whether the running variance takes the batch's unbiased one (n - 1), as torch does; the batch itself is
+        normalised by the biased one either way.
       dtype: of the result.
       axis_name: the mapped axis to add over; ``None`` outside ``pmap``.
     """
 
     momentum: float = 0.9
     epsilon: float = 1e-5
+    unbiased: bool = False
     dtype: Any = jnp.float32
     axis_name: str | None = None
 
@@ -46,15 +49,16 @@ class BatchNorm(nn.Module):
         bias = self.param("bias", nn.initializers.zeros, (channels,), jnp.float32)
         x = x.astype(jnp.float32)
         if train:
-            mean, var = self._moments(x, mask)
+            mean, var, count = self._moments(x, mask)
             if not self.is_initializing():
+                kept = var * count / jnp.maximum(count - 1, 1) if self.unbiased else var
                 running_mean.value = self.momentum * running_mean.value + (1 - self.momentum) * mean
-                running_var.value = self.momentum * running_var.value + (1 - self.momentum) * var
+                running_var.value = self.momentum * running_var.value + (1 - self.momentum) * kept
         else:
             mean, var = running_mean.value, running_var.value
         return ((x - mean) * (jax.lax.rsqrt(var + self.epsilon) * scale) + bias).astype(self.dtype)
 
-    def _moments(self, x: Array, mask: Array | None) -> tuple[Array, Array]:
+    def _moments(self, x: Array, mask: Array | None) -> tuple[Array, Array, Array]:
         axes = tuple(range(x.ndim - 1))
         rows = jnp.ones(x.shape[0], bool) if mask is None else mask
         rows = rows.reshape(-1, *[1] * (x.ndim - 1))
@@ -63,4 +67,4 @@ class BatchNorm(nn.Module):
         count = jnp.maximum(add(jnp.sum(rows) * places), 1).astype(jnp.float32)
         mean = add(jnp.sum(jnp.where(rows, x, 0.0), axes)) / count
         var = add(jnp.sum(jnp.where(rows, x - mean, 0.0) ** 2, axes)) / count
-        return mean, var
+        return mean, var, count

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -23,8 +23,9 @@ from trainers.recipe import Benchmark, Data, Export, Optimizer, Run, UserError
 from zoo.continual import teen
 from zoo.continual.teen import CosineNetwork, PrototypeBank
 from zoo.metrics.continual import confusion_matrix, session_metrics
+from zoo.nn.heads import Pick
 from zoo.nn.mlp import MLP
-from zoo.nn.resnet import ResNet
+from zoo.nn.resnet import ResNet, ResNetConfig
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ class Recipe(base.Recipe):
         data = image_dataset(self.data.name, self.data.path)
         sessions = self._check(data)
         stem, dtype = self.encoder, jnp.dtype(self.dtype)
-        body = MLP((128,), self.features, dtype=dtype) if stem == "mlp" else ResNet(int(stem[6:]), dtype=dtype)
+        body = MLP((128,), self.features, dtype=dtype) if stem == "mlp" else _resnet(int(stem[6:]), dtype)
         capacity = self.base + sessions * self.way
         network = CosineNetwork(body, capacity, self.temperature)
         objective = teen.base_session(network, self.base)
@@ -172,6 +173,10 @@ class Recipe(base.Recipe):
             if not (labels == c).any():
                 raise UserError(f"class {c} of {data.name!r} has no training example; its prototype would be undefined")
         return sessions
+
+
+def _resnet(depth: int, dtype: Any) -> Pick:
+    return Pick(ResNet(ResNetConfig.of_depth(depth), dtype))
 
 
 def _rows(arrays: Mapping[str, np.ndarray], rows: np.ndarray) -> dict[str, np.ndarray]:

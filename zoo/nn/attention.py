@@ -1,0 +1,115 @@
+"""Attention: the one function through which every backbone goes, and the multi-head block that most of them share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jaxtyping import Array, Bool, Float
+
+from zoo.nn.dropout import dropout
+from zoo.nn.partitioning import EMBED, HEADS, Dense
+
+
+def attention(
+    query: Float[Array, "b t n d"],
+    key: Float[Array, "b s m d"],
+    value: Float[Array, "b s m d"],
+    mask: Bool[Array, "*#bnts"] | None = None,
+    bias: Float[Array, "*#bnts"] | None = None,
+    causal: bool = False,
+    scale: float | None = None,
+    window: int | None = None,
+) -> Float[Array, "b t n d"]:
+    """Softmax attention (Vaswani et al., 2017, equation 1) by ``jax.nn.dot_product_attention``.
+
+    The softmax is float32.  Where the device has a fused kernel that takes these arguments (cuDNN: half precision, head
+    width a multiple of 8 up to 128), it is used; elsewhere XLA compiles the plain form.
+
+    Args:
+      query, key, value: ``[B, T, heads, width]``; the heads of query are a multiple of those of key and value
+        (grouped queries: head ``n`` reads key head ``n // (N / M)``).
+      mask: True where a query may look, broadcastable to ``[B, N, T, S]``.  A query that may look nowhere gets a finite
+        result that means nothing.
+      bias: added to the scaled scores, broadcastable to ``[B, N, T, S]``.
+      causal: query t sees keys up to t (positions counted from the start of both).
+      scale: of the scores; ``1 / sqrt(width)`` by default.
+      window: a query sees only the last ``window`` keys up to itself (sliding window; use with ``causal``).
+    """
+    half = query.dtype in (jnp.bfloat16, jnp.float16)
+    fused = jax.default_backend() == "gpu" and half and query.shape[-1] <= 128 and query.shape[-1] % 8 == 0
+    return jax.nn.dot_product_attention(
+        query, key, value, bias=bias, mask=mask, is_causal=causal, scale=scale,
+        local_window_size=None if window is None else (window - 1, 0),
+        implementation="cudnn" if fused else "xla",
+    )  # fmt: skip
+
+
+def padding_to_mask(padding_mask: Bool[Array, "b s"] | None) -> Bool[Array, "b 1 1 s"] | None:
+    """Which keys are real, as a mask of scores; ``None`` stays ``None``."""
+    return None if padding_mask is None else padding_mask[:, None, None, :]
+
+
+class MultiHeadAttention(nn.Module):
+    """Projections to heads, :func:`attention`, and the projection back: ``query``, ``key``, ``value``, ``out``.
+
+    Kernels are matrices ``[width, heads * head_dim]``, heads side by side.
+
+    Attributes:
+      num_heads: heads.
+      head_dim: width of a head; by default the input's width over ``num_heads``.
+      features: size of the result; by default the input's width.
+      use_bias: of the query, key and value projections.
+      out_bias: of the projection back.
+      scale: of the scores, as in :func:`attention`.
+      attention_dropout: rate on the attention's result before the projection back; see :mod:`zoo.nn.dropout`.
+      dtype, param_dtype: of computation and parameters.
+      kernel_init: of all four kernels.
+    """
+
+    num_heads: int
+    head_dim: int | None = None
+    features: int | None = None
+    use_bias: bool = True
+    out_bias: bool = True
+    scale: float | None = None
+    attention_dropout: float = 0.0
+    dtype: Any = jnp.float32
+    param_dtype: Any = jnp.float32
+    kernel_init: Callable = nn.initializers.xavier_uniform()
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "b t i"],
+        context: Float[Array, "b s j"] | None = None,
+        mask: Bool[Array, "*#bnts"] | None = None,
+        bias: Float[Array, "*#bnts"] | None = None,
+        causal: bool = False,
+        keys: Array | None = None,
+    ) -> Float[Array, "b t o"]:
+        """Self-attention over ``x``, or cross-attention from ``x`` to ``context``.
+
+        Args:
+          x: ``[B, T, width]``.
+          context: ``[B, S, width']`` whose keys and values are read; ``x`` itself by default.
+          mask, bias, causal: see :func:`attention`.
+          keys: one key per example for dropout; ``None`` outside training.
+        """
+        width = self.head_dim or x.shape[-1] // self.num_heads
+        context = x if context is None else context
+        settings = {"dtype": self.dtype, "param_dtype": self.param_dtype, "kernel_init": self.kernel_init}
+
+        def heads(y, name):
+            inner = self.num_heads * width
+            y = Dense(inner, (EMBED, HEADS), self.use_bias, name=name, **settings)(y)
+            return y.reshape(*y.shape[:-1], self.num_heads, width)
+
+        q, k, v = heads(x, "query"), heads(context, "key"), heads(context, "value")
+        y = attention(q, k, v, mask, bias, causal, self.scale)
+        y = dropout(y.reshape(*y.shape[:2], -1), self.attention_dropout, keys)
+        features = self.features or x.shape[-1]
+        return Dense(features, (HEADS, EMBED), self.out_bias, name="out", **settings)(y)
