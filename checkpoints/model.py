@@ -16,13 +16,12 @@ import hashlib
 import json
 import platform
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from flax import traverse_util
@@ -42,6 +41,7 @@ from checkpoints.arrays import (
     write_text,
 )
 from checkpoints.definition import ModelError, decode, encode
+from zoo.nn.partitioning import abstract_variables, shardings, unbox
 
 __all__ = ["Model", "ModelError", "load_model", "save_model"]
 
@@ -55,12 +55,14 @@ class Model:
       variables: nested dicts of arrays.
       info: recipe, data fingerprint, git revision, versions, claim, constants' fingerprint, as far as they were given.
       card: the method's card.
+      folder: where it was read from, if it was.
     """
 
     definition: Any
     variables: Mapping[str, Any]
     info: Mapping[str, Any]
     card: Mapping[str, Any]
+    folder: str | None = None
 
     def apply(self, *args, **kwargs) -> Any:
         """``definition.apply(variables, ...)`` of a Linen module.
@@ -75,6 +77,31 @@ class Model:
             )
         return self.definition.apply(self.variables, *args, **kwargs)
 
+    def preprocess(self, images: Any) -> np.ndarray:
+        """Images as the model was trained to see them: see :func:`checkpoints.preprocessing.prepare_images`.
+
+        Raises:
+          ModelError: nothing is recorded of how this model's images were prepared.
+        """
+        from checkpoints.preprocessing import prepare_images
+
+        facts = self.info.get("preprocessing") or {}
+        if "mean" not in facts and "size" not in facts:
+            raise ModelError("this model does not say how its images are prepared (info['preprocessing'])")
+        return prepare_images(images, **facts)
+
+    def tokenizer(self) -> Any:
+        """The tokenizer that came with the weights (a ``tokenizers.Tokenizer``).
+
+        Raises:
+          ModelError: none came with them, or none that the ``tokenizers`` package reads.
+        """
+        from checkpoints.tokenizer import load_tokenizer
+
+        if self.folder is None:
+            raise ModelError("this model was not read from a folder, so no tokenizer lies beside it")
+        return load_tokenizer(self.folder)
+
 
 def save_model(
     directory: Path | str,
@@ -82,10 +109,12 @@ def save_model(
     variables: Mapping[str, Any],
     card: Mapping[str, Any],
     info: Mapping[str, Any],
+    beside: Callable[[epath.Path], None] | None = None,
 ) -> None:
     """Writes a model at once: under a temporary name beside ``directory``, then renamed; an older model is replaced.
 
-    With several processes the first one writes and nobody waits; the others may call it or not.
+    With several processes the first one writes and nobody waits; the others may call it or not.  Only where an array is
+    spread over several processes must all of them call it: each then writes its own shards.
 
     Args:
       directory: where to.
@@ -93,14 +122,16 @@ def save_model(
       variables: nested dicts of arrays (64-bit ones become 32-bit unless jax's x64 is on).
       card, info: plain facts; versions, git revision and the fingerprint of ``variables["constants"]`` are added to
         ``info`` where it lacks them.
+      beside: called with the folder before it gets its name, to put more files into it.
 
     Raises:
       ModelError: a definition or variables that cannot be written.
       StoreError: the place cannot be written, or holds something that is not a model.
     """
-    if jax.process_index() != 0:
+    flat, empty = _flatten(unbox(variables))
+    together = any(not _is_here(x) for x in flat.values())
+    if jax.process_index() != 0 and not together:
         return
-    flat, empty = _flatten(variables)
     info = {**info}
     info.setdefault("versions", versions())
     info.setdefault("git_revision", git_revision())
@@ -119,6 +150,9 @@ def save_model(
         raise ModelError(f"card and info must be JSON: {one_line(error)}") from None
     place = place_of(directory)
     temporary, old = place.parent / f".{place.name}.saving", place.parent / f".{place.name}.replaced"
+    if together:
+        _save_together(place, temporary, flat, document, beside)
+        return
     try:
         if place.exists() and not (place / "model.json").exists() and any(place.iterdir()):
             raise FileExistsError(f"{place} holds something that is not a model")
@@ -129,6 +163,8 @@ def save_model(
                 leftover.rmtree()
         temporary.mkdir(parents=True)
         _write_arrays(temporary / "weights", flat)
+        if beside is not None:
+            beside(temporary)
         write_text(temporary / "model.json", json_text({**document, "files": file_sizes(temporary / "weights")}))
         if place.exists():
             place.rename(old)
@@ -145,7 +181,8 @@ def load_model(directory: Path | str, trust: str | tuple[str, ...] = (), shardin
     Args:
       directory: what :func:`save_model` wrote.
       trust: packages besides ``zoo`` whose classes may be imported and made.
-      sharding: where the variables go; default: the first device.
+      sharding: where the variables go: a sharding for all of them, a function of (path, shape), or a mesh, over which
+        the axes that the definition names are spread (:mod:`zoo.nn.partitioning`); default: the first device.
 
     Raises:
       ModelError: not a model, or pieces of it are unknown, missing or not trusted.
@@ -154,11 +191,13 @@ def load_model(directory: Path | str, trust: str | tuple[str, ...] = (), shardin
     place = place_of(directory)
     document = read_document(place)
     definition = decode(document["definition"], (trust,) if isinstance(trust, str) else tuple(trust))
+    if isinstance(sharding, jax.sharding.Mesh):
+        sharding = _by_names(definition, sharding)
     flat = read_flat(place, document, sharding)
     for path in document["empty"]:
         flat[path] = traverse_util.empty_node
     variables = traverse_util.unflatten_dict(flat, sep="/")
-    return Model(definition, variables, document["info"], document["card"])
+    return Model(definition, variables, document["info"], document["card"], str(place))
 
 
 def read_document(place: epath.Path) -> dict[str, Any]:
@@ -183,7 +222,10 @@ def read_flat(place: epath.Path, document: Mapping[str, Any], sharding: Any = No
     """The flat variables of a model; raises as :func:`load_model`."""
     leaves = document["leaves"]
     check_files(place / "weights", document["files"])
-    abstract = {p: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding) for p, x in abstract_of(leaves).items()}
+    where = sharding if callable(sharding) else lambda path, shape: sharding
+    abstract = {
+        p: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where(p, x.shape)) for p, x in abstract_of(leaves).items()
+    }
     return read_arrays(place / "weights", leaves, abstract)
 
 
@@ -214,7 +256,7 @@ def git_revision(folder: Path | None = None) -> str | None:
 
 def fingerprint(flat: Mapping[str, Any]) -> str | None:
     """A short checksum of names, shapes, dtypes and contents of arrays; ``None`` for none, or arrays of other hosts."""
-    if not flat or not all(x.is_fully_addressable for x in flat.values()):
+    if not flat or not all(map(_is_here, flat.values())):
         return None
     digest = hashlib.sha256()
     for path in sorted(flat):
@@ -253,11 +295,54 @@ def _flatten(variables: Mapping[str, Any]) -> tuple[dict[str, jax.Array], list[s
             array = node if isinstance(node, jax.Array) else np.asarray(node)
             if array.dtype.kind in "OSU":
                 raise ModelError(f"{where}: arrays of {array.dtype} cannot be saved")
-            flat[where] = array if isinstance(array, jax.Array) else jnp.asarray(array)
-            if not flat[where].is_fully_addressable:
-                raise ModelError(f"{where} is spread over several processes; gather it before it is exported")
+            # on the host as it is, for a large model is not copied: but in the number types that jax would give it
+            flat[where] = array if isinstance(array, jax.Array) else array.astype(_canonical(array.dtype), copy=False)
         else:
             raise ModelError(f"{where}: variables must be nested dicts of arrays, got a {type(node).__name__}")
 
     walk(variables, ())
     return flat, empty
+
+
+def _canonical(dtype: Any) -> Any:
+    return jax.dtypes.canonicalize_dtype(dtype)
+
+
+def _is_here(x: Any) -> bool:
+    return not isinstance(x, jax.Array) or x.is_fully_addressable
+
+
+def _by_names(definition: Any, mesh: jax.sharding.Mesh) -> Callable:
+    if not hasattr(definition, "example_inputs"):
+        kind = type(definition).__name__
+        raise ModelError(f"{kind} does not name its axes (it has no example_inputs); give a sharding instead of a mesh")
+    found = shardings(abstract_variables(definition), mesh)
+    replicated = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    return lambda path, shape: found.get(path, replicated)
+
+
+def _save_together(place: epath.Path, temporary: epath.Path, flat, document, beside) -> None:
+    """Every process writes its shards of the arrays; the first one writes the rest, before and after."""
+    import orbax.checkpoint as ocp
+    from jax.experimental import multihost_utils
+
+    first = jax.process_index() == 0
+    taken = first and place.exists() and any(place.iterdir())
+    if multihost_utils.broadcast_one_to_all(np.asarray(taken)):
+        raise StoreError(f"cannot write the model to {place}: it is not empty")
+    if first:
+        if temporary.exists():
+            temporary.rmtree()
+        temporary.mkdir(parents=True)
+    multihost_utils.sync_global_devices("a folder for the model")
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+        checkpointer.save(temporary / "weights", args=ocp.args.PyTreeSave(saveable(flat)))
+    multihost_utils.sync_global_devices("the model's shards")
+    if first:
+        if beside is not None:
+            beside(temporary)
+        write_text(temporary / "model.json", json_text({**document, "files": file_sizes(temporary / "weights")}))
+        if place.exists():
+            place.rmdir()
+        temporary.rename(place)
+    multihost_utils.sync_global_devices("the model")

@@ -15,7 +15,8 @@ ROOMS = {
     "zoo": {"zoo", *ARRAYS},
     "data": {"data", "numpy", "jax", "dm_pix", "jaxtyping", "grain", "tensorflow_datasets", "sklearn", "array_record",
              "etils", "PIL", "matplotlib", "absl"},
-    "checkpoints": {"checkpoints", "zoo", "jax", "flax", "numpy", "orbax", "etils", "jaxtyping", "tensorstore"},
+    "checkpoints": {"checkpoints", "zoo", "jax", "flax", "numpy", "orbax", "etils", "jaxtyping", "tensorstore",
+                    "ml_dtypes", "safetensors", "tokenizers", "huggingface_hub", "PIL"},
     "trainers": {"trainers", "zoo", "data", "checkpoints", "jax", "flax", "optax", "numpy", "tyro", "tqdm",
                  "tensorboardX", "matplotlib", "sklearn", "jaxtyping", "orbax"},
 }  # fmt: skip

@@ -23,6 +23,8 @@ A functional JAX zoo of methods that learn, compare, compress and search represe
   zoo eval D [--json]                       evaluate a finished run or an exported model
   zoo claim NAME [--seeds N] [--json]       method against baseline over paired seeds, with the verdict
   zoo bench NAME|trainer [--json]           time the hot operation: compile time, rate, share of the roofline
+  zoo import SRC --to D [--as LAYOUT]       pretrained weights (hub id, safetensors, torch file) into a model here
+  zoo export D --to F                       and back to safetensors under the original names
   zoo new NAME --family F                   write the three files of a new method
   zoo COMMAND --help                        the options of a command
 
@@ -43,6 +45,7 @@ def main(argv: list[str] | None = None) -> None:
 def _run(argv: list[str]) -> int:
     commands = {
         "list": _list, "show": _show, "train": _train, "eval": _eval, "claim": _claim, "bench": _bench, "new": _new,
+        "import": _import, "export": _export,
     }  # fmt: skip
     try:
         if not argv or argv[0] in ("-h", "--help", "help"):
@@ -70,7 +73,8 @@ def _run(argv: list[str]) -> int:
         return _fail(line, getattr(error, "exit_status", 2))
 
 
-USERS = {"UserError", "DataError", "CheckpointError", "MergeError", "CompositionError", "ModelError", "Diverged"}
+USERS = {"UserError", "DataError", "CheckpointError", "MergeError", "CompositionError", "ModelError", "Diverged",
+         "ImporterError"}  # fmt: skip
 """Errors, by name so that nothing heavy is imported, whose message is written for the user."""
 
 
@@ -159,7 +163,7 @@ def check_platform(platform: str) -> None:
         raise UserError(f"--platform {platform} cannot be used here: jax runs on {found}")
 
 
-def _print_json(found: Any) -> None:
+def print_json(found: Any) -> None:
     """One JSON document on standard output; what is not finite is null, as JSON has no word for it."""
     print(json.dumps(_finite(found), indent=1, allow_nan=False))
 
@@ -183,7 +187,9 @@ def _nearest(name: str, known: list[str]) -> str:
     return nearest(name, known)
 
 
-def _options(argv: list[str], usage: str, flags: tuple[str, ...] = (), values: tuple[str, ...] = (), names: int = 0):
+def parse_options(
+    argv: list[str], usage: str, flags: tuple[str, ...] = (), values: tuple[str, ...] = (), names: int = 0
+):
     """A small strict parser for the commands without a recipe: unknown options are errors."""
     from trainers.errors import UserError
 
@@ -202,7 +208,7 @@ def _options(argv: list[str], usage: str, flags: tuple[str, ...] = (), values: t
             raise UserError(f"--{key} takes no value, got {value!r}")
         elif key in values:
             if not equals and (not rest or rest[0].startswith("--")):
-                raise UserError(f"--{key} needs a value; {usage}")
+                raise UserError(f"--{key} needs a value; {usage.splitlines()[0]}")
             found[key] = value if equals else rest.pop(0)
         elif arg.startswith("-"):
             known = [f"--{o}" for o in (*flags, *values)]
@@ -210,7 +216,7 @@ def _options(argv: list[str], usage: str, flags: tuple[str, ...] = (), values: t
         else:
             positional.append(arg)
     if len(positional) != names:
-        raise UserError(usage)
+        raise UserError(usage.split("\n")[0])
     return positional, found
 
 
@@ -230,11 +236,11 @@ def _count(text: str | None, option: str, default: int) -> int:
 def _list(argv: list[str]) -> int:
     import zoo
 
-    _, o = _options(argv, "usage: zoo list [--family F] [--json]", ("json",), ("family",))
+    _, o = parse_options(argv, "usage: zoo list [--family F] [--json]", ("json",), ("family",))
     cards = zoo.cards(o["family"])
     if o["json"]:
         keys = ("name", "family", "title", "year", "kind", "plugs_into", "claim")
-        _print_json([{k: c.to_dict()[k] for k in keys} for c in cards])
+        print_json([{k: c.to_dict()[k] for k in keys} for c in cards])
         return 0
     width = max((len(c.name) for c in cards), default=4)
     for c in cards:
@@ -248,12 +254,12 @@ def _show(argv: list[str]) -> int:
     import zoo
     from zoo.catalogue import piece_signature
 
-    (name,), o = _options(argv, "usage: zoo show NAME [--json]", ("json",), names=1)
+    (name,), o = parse_options(argv, "usage: zoo show NAME [--json]", ("json",), names=1)
     c = zoo.card(name)
     pieces = [(p, *piece_signature(c, p)) for p in c.pieces]
     if o["json"]:
         described = [{"piece": p, "signature": s, "summary": d} for p, s, d in pieces]
-        _print_json({**c.to_dict(), "pieces": described})
+        print_json({**c.to_dict(), "pieces": described})
         return 0
     fill = lambda text, indent="  ": textwrap.fill(text, 100, initial_indent=indent, subsequent_indent=indent)  # noqa: E731
     print(f"{c.name}: {c.title} ({c.year})\n{c.family}, {c.kind}\n")
@@ -334,14 +340,14 @@ def _train(argv: list[str]) -> int:
 
 
 def _eval(argv: list[str]) -> int:
-    (folder,), o = _options(argv, "usage: zoo eval D [--json]", ("json",), names=1)
+    (folder,), o = parse_options(argv, "usage: zoo eval D [--json]", ("json",), names=1)
     prepare_jax(None)
     from trainers.evaluate_run import evaluate_folder
 
     with contextlib.redirect_stdout(sys.stderr):
         found = evaluate_folder(Path(folder))
     if o["json"]:
-        _print_json(found)
+        print_json(found)
         return 0
     print(f"{found['method']} from {found['folder']} ({found['weights']})")
     for k, v in found["metrics"].items():
@@ -354,7 +360,7 @@ def _eval(argv: list[str]) -> int:
 
 def _claim(argv: list[str]) -> int:
     usage = "usage: zoo claim NAME [--seeds N] [--output DIR] [--json]"
-    (name,), o = _options(argv, usage, ("json",), ("seeds", "output"), names=1)
+    (name,), o = parse_options(argv, usage, ("json",), ("seeds", "output"), names=1)
     import zoo
 
     card = zoo.card(name)
@@ -369,7 +375,7 @@ def _claim(argv: list[str]) -> int:
         found = claims.run_claim(card, seeds, lambda text: print(text, flush=True))
         claims.store(found, folder)
     if o["json"]:
-        _print_json(found)
+        print_json(found)
     else:
         print(claims.table(found))
         print(f"kept in {folder / name}.json, drawn in {folder / name}.png")
@@ -377,7 +383,7 @@ def _claim(argv: list[str]) -> int:
 
 
 def _bench(argv: list[str]) -> int:
-    (name,), o = _options(argv, "usage: zoo bench NAME|trainer [--json]", ("json",), names=1)
+    (name,), o = parse_options(argv, "usage: zoo bench NAME|trainer [--json]", ("json",), names=1)
     if name != "trainer":
         import zoo
 
@@ -388,14 +394,26 @@ def _bench(argv: list[str]) -> int:
     with contextlib.redirect_stdout(sys.stderr):
         rows = bench.trainer() if name == "trainer" else bench.method(name)
     if o["json"]:
-        _print_json(rows)
+        print_json(rows)
     else:
         print(bench.table(rows))
     return 0
 
 
+def _import(argv: list[str]) -> int:
+    from trainers.weights_cli import import_weights
+
+    return import_weights(argv)
+
+
+def _export(argv: list[str]) -> int:
+    from trainers.weights_cli import export_weights
+
+    return export_weights(argv)
+
+
 def _new(argv: list[str]) -> int:
-    (name,), o = _options(argv, "usage: zoo new NAME --family F [--root DIR]", (), ("family", "root"), names=1)
+    (name,), o = parse_options(argv, "usage: zoo new NAME --family F [--root DIR]", (), ("family", "root"), names=1)
     from trainers.scaffold import write_method
 
     for file in write_method(name, o["family"], Path(o["root"] or ".")):

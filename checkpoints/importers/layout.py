@@ -25,6 +25,10 @@ def _none(*_: Any) -> None:
     return None
 
 
+def _same_name(_: Any, name: str) -> str:
+    return name
+
+
 @dataclasses.dataclass(frozen=True)
 class Layout:
     """One way in which a library writes one family of models.
@@ -49,6 +53,8 @@ class Layout:
         original, or the import is refused.
       to_config: ``(module) -> config.json`` content for an export that the reference library can load; ``None`` if the
         source has none of its own.
+      full_name: ``(module, name) -> name`` in a file written for a model that was never imported: puts the prefix
+        before the names that have it there (``bert.`` before all but the head's).
       preprocessing: ``(config, preprocessor_config) -> dict`` with any of ``size`` (H, W), ``mean``, ``std``,
         ``interpolation``, ``crop``, or ``None``: what is recorded with the model for images.
     """
@@ -64,6 +70,7 @@ class Layout:
     buffers: tuple[str, ...] = ()
     duplicates: tuple[tuple[str, str], ...] = ()
     to_config: Callable[[Any], Mapping[str, Any] | None] = _none
+    full_name: Callable[[Any, str], str] = _same_name
     preprocessing: Callable[[Mapping[str, Any] | None, Mapping[str, Any] | None], Mapping[str, Any] | None] = _none
 
 

@@ -1,0 +1,207 @@
+"""Reading tensors from ``torch.save`` files without torch: the zip format, by a reader that can make tensors only.
+
+A pickle is a program.  This one is given no function but those that rebuild a tensor from its storage; whatever else it
+names (a class, an optimiser, ``os.system``) is refused before it runs, and the message says what it was.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import io
+import pickle
+import struct
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from checkpoints.importers.layout import ImporterError
+
+STORAGES = {
+    "DoubleStorage": np.float64, "FloatStorage": np.float32, "HalfStorage": np.float16,
+    "BFloat16Storage": ml_dtypes.bfloat16, "LongStorage": np.int64, "IntStorage": np.int32, "ShortStorage": np.int16,
+    "CharStorage": np.int8, "ByteStorage": np.uint8, "BoolStorage": np.bool_,
+    "Float8_e4m3fnStorage": ml_dtypes.float8_e4m3fn, "Float8_e5m2Storage": ml_dtypes.float8_e5m2,
+}  # fmt: skip
+"""torch's storage classes and what NumPy calls their entries."""
+
+CONTAINERS = ("state_dict", "model", "model_state_dict", "net", "network", "module", "weights", "params", "student",
+              "teacher", "encoder", "ema", "model_ema", "state_dict_ema")  # fmt: skip
+"""Names under which training codes keep a model's weights inside a larger dict."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TensorRef:
+    """Where a tensor lies in a file: nothing is read until :meth:`read`.
+
+    Attributes:
+      file: the zip file.
+      offset: of the storage's first byte.
+      dtype: of the entries.
+      start: index of the tensor's first entry in its storage.
+      shape, strides: in entries.
+      storage: name of its storage: tensors that share one are tied.
+    """
+
+    file: Path
+    offset: int
+    dtype: Any
+    start: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    storage: str
+
+    def read(self) -> np.ndarray:
+        """The tensor, copied out of the file."""
+        dtype = np.dtype(self.dtype)
+        if 0 in self.shape:
+            return np.zeros(self.shape, dtype)
+        count = 1 + sum((n - 1) * s for n, s in zip(self.shape, self.strides, strict=True))
+        flat = np.memmap(self.file, np.uint8, "r", self.offset + self.start * dtype.itemsize, (count * dtype.itemsize,))
+        strides = tuple(s * dtype.itemsize for s in self.strides)
+        return np.lib.stride_tricks.as_strided(flat.view(dtype), self.shape, strides, writeable=False).copy()
+
+
+def read_index(path: Path, key: str | None = None) -> dict[str, TensorRef]:
+    """The tensors of a file by name; reads their places only.
+
+    Args:
+      path: a ``.pt``, ``.pth`` or ``.bin`` file.
+      key: the entry (``a.b`` for nested ones) that holds the weights, where the file holds more than one dict of them.
+
+    Raises:
+      ImporterError: damaged, not of plain tensors, of the format before torch 1.6, or ambiguous.
+    """
+    try:
+        archive = zipfile.ZipFile(path)
+    except (zipfile.BadZipFile, OSError) as error:
+        raise ImporterError(f"{path}: {_not_zip(path, error)}") from None
+    with archive:
+        names = archive.namelist()
+        index = next((n for n in names if n.endswith("data.pkl")), None)
+        if index is None:
+            raise ImporterError(f"{path}: a zip file without data.pkl: not written by torch.save")
+        if any(n.split("/")[1:2] == ["constants.pkl"] for n in names):
+            raise ImporterError(f"{path}: a TorchScript archive holds code; save its state_dict() with torch.save")
+        root = index.removesuffix("data.pkl")
+        order = next((archive.read(n) for n in (f"{root}byteorder",) if n in names), b"little")
+        if order != b"little":
+            raise ImporterError(f"{path}: written on a big-endian machine; only little-endian files are read")
+        places = {i.filename: i for i in archive.infolist()}
+        reader = _TensorsOnly(io.BytesIO(archive.read(index)), path, root, places)
+        try:
+            content = reader.load()
+        except ImporterError:
+            raise
+        except Exception as error:  # whatever a damaged pickle runs into
+            raise ImporterError(f"{path}: damaged ({type(error).__name__}: {error})") from None
+    return _flat(_chosen(content, key, path), path)
+
+
+class _TensorsOnly(pickle.Unpickler):
+    """An unpickler that knows how to rebuild tensors and nothing else."""
+
+    def __init__(self, file: Any, path: Path, root: str, places: Mapping[str, zipfile.ZipInfo]):
+        super().__init__(file)
+        self.path, self.root, self.places = path, root, places
+
+    def find_class(self, module: str, name: str) -> Any:
+        """Tensors and dicts; anything else is refused by name."""
+        if module == "collections" and name == "OrderedDict":
+            return collections.OrderedDict
+        if module == "torch._utils" and name in ("_rebuild_tensor_v2", "_rebuild_parameter"):
+            return {"_rebuild_tensor_v2": self._tensor, "_rebuild_parameter": lambda data, *_: data}[name]
+        if module in ("torch", "torch.storage") and name in STORAGES:
+            return STORAGES[name]
+        if module in ("torch", "torch.storage") and name.endswith("Storage"):
+            raise ImporterError(f"{self.path}: holds numbers of the type {name}, which is not supported")
+        if (module, name) == ("torch", "Size"):
+            return tuple
+        raise ImporterError(
+            f"{self.path}: names {module}.{name}, and only plain tensors are read from a pickle (anything else may run "
+            "code); save the state_dict() alone, best with safetensors"
+        )
+
+    def persistent_load(self, pid: Any) -> tuple:
+        """(dtype, offset in the file, storage's name, entries) of a storage."""
+        kind, dtype, key, _, entries = pid
+        if kind != "storage":
+            raise ImporterError(f"{self.path}: refers to something outside that is not a storage ({kind!r})")
+        info = self.places.get(f"{self.root}data/{key}")
+        if info is None:
+            raise ImporterError(f"{self.path}: truncated: the storage {key} is missing")
+        if info.compress_type != zipfile.ZIP_STORED:
+            raise ImporterError(f"{self.path}: a compressed archive; torch.save writes none: save it again")
+        if info.file_size < entries * np.dtype(dtype).itemsize:
+            raise ImporterError(f"{self.path}: truncated: the storage {key} has {info.file_size} bytes")
+        return dtype, self._data_offset(info), key, entries
+
+    def _data_offset(self, info: zipfile.ZipInfo) -> int:
+        # a local header repeats the name and has an extra field of its own length, by which torch aligns the data
+        with self.path.open("rb") as file:
+            file.seek(info.header_offset)
+            header = file.read(30)
+        if len(header) < 30 or header[:4] != b"PK\x03\x04":
+            raise ImporterError(f"{self.path}: truncated or damaged at byte {info.header_offset}")
+        name, extra = struct.unpack("<HH", header[26:30])
+        return info.header_offset + 30 + name + extra
+
+    def _tensor(self, storage: tuple, start: int, shape: tuple, strides: tuple, *_: Any) -> TensorRef:
+        dtype, offset, key, entries = storage
+        last = start + sum((n - 1) * s for n, s in zip(shape, strides, strict=True))
+        if 0 not in shape and (start < 0 or any(s < 0 for s in strides) or last >= entries):
+            raise ImporterError(f"{self.path}: damaged: a tensor reaches beyond its storage {key}")
+        return TensorRef(self.path, offset, dtype, start, tuple(shape), tuple(strides), key)
+
+
+def _not_zip(path: Path, error: Exception) -> str:
+    if isinstance(error, OSError):
+        return error.strerror or str(error)
+    head = path.open("rb").read(12)
+    if head[:4] == b"PK\x03\x04":
+        return "truncated: a torch.save archive without its end"
+    if head[:1] == b"\x80" or b"ustar" in path.open("rb").read(512):
+        return (
+            "the format of torch before 1.6, or another pickle; write it anew with "
+            "torch.save(torch.load(FILE, weights_only=True), NEW)"
+        )
+    return "not a file of torch.save"
+
+
+def _chosen(content: Any, key: str | None, path: Path) -> Mapping:
+    if key:
+        for part in key.split("."):
+            if not isinstance(content, Mapping) or part not in content:
+                there = ", ".join(map(str, content)) if isinstance(content, Mapping) else "no entries"
+                raise ImporterError(f"--key {key}: {path} has no {part!r}; it has {there[:200]}")
+            content = content[part]
+    while isinstance(content, Mapping) and not any(isinstance(v, TensorRef) for v in content.values()):
+        inside = [k for k, v in content.items() if isinstance(v, Mapping) and _holds_tensors(v)]
+        known = [k for k in inside if k in CONTAINERS]
+        pick = known if len(known) == 1 or not inside else inside
+        if len(pick) != 1:
+            names = ", ".join(map(str, inside)) or "none"
+            raise ImporterError(f"{path} holds several dicts of weights or none ({names}); choose one with --key NAME")
+        content = content[pick[0]]
+    if not isinstance(content, Mapping):
+        raise ImporterError(f"{path} holds a {type(content).__name__}, not a dict of tensors")
+    return content
+
+
+def _holds_tensors(content: Mapping) -> bool:
+    return any(isinstance(v, TensorRef) or (isinstance(v, Mapping) and _holds_tensors(v)) for v in content.values())
+
+
+def _flat(content: Mapping, path: Path, prefix: str = "") -> dict[str, TensorRef]:
+    out: dict[str, TensorRef] = {}
+    for name, value in content.items():
+        if isinstance(value, Mapping):
+            out |= _flat(value, path, f"{prefix}{name}.")
+        elif isinstance(value, TensorRef):
+            out[f"{prefix}{name}"] = value
+        # numbers and strings beside the weights (an epoch, a name) are no weights
+    return out
