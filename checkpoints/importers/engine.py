@@ -268,7 +268,7 @@ def export_stream(
     flat = traverse_util.flatten_dict(unbox(dict(variables)), sep="/")
     makers = export_makers(layout, module, source, buffers or {})
     for name, make in makers.items():
-        yield name, np.ascontiguousarray(make(lambda path, row: _row(flat[path], row, get)))
+        yield name, np.asarray(make(lambda path, row: _row(flat[path], row, get)), order="C")
 
 
 def export_makers(layout: Layout, module: Any, source: Mapping[str, Any] | None, buffers: Mapping[str, np.ndarray]):
@@ -286,6 +286,7 @@ def export_makers(layout: Layout, module: Any, source: Mapping[str, Any] | None,
         for i, name in enumerate(piece.sources):
             made[name] = _maker(piece, i)
     if original is None:
+        check_configurable(layout, module, found)
         return {layout.full_name(module, name): make for name, make in made.items()}
     out = {}
     for name in original:
@@ -298,6 +299,30 @@ def export_makers(layout: Layout, module: Any, source: Mapping[str, Any] | None,
         elif copy_of in made:
             out[name] = made[copy_of]
     return out
+
+
+def check_configurable(layout: Layout, module: Any, found: Plan) -> None:
+    """Raises ImporterError unless the layout, given what an export writes, would configure this very module again.
+
+    Tables know names and shapes only: a GPT-2 has a place for each of OPT's weights, and is no OPT.
+    """
+    shapes = {}
+    for piece in found.pieces:
+        leaves = [found.abstract[path] for path, _ in piece.slots]
+        rows = [x.shape if row is None else x.shape[1:] for x, (_, row) in zip(leaves, piece.slots, strict=True)]
+        dummies = [np.broadcast_to(np.zeros((), x.dtype), s) for x, s in zip(leaves, rows, strict=True)]
+        shapes |= zip(piece.sources, piece.rule.backward(dummies), strict=True)
+    again = layout.configure(layout.to_config(module), abstract_shapes(shapes))
+    if type(again) is not type(module):
+        raise ImporterError(f"{layout.name} writes a {type(again).__name__}, not a {type(module).__name__}")
+    ours, theirs = getattr(module, "config", module), getattr(again, "config", again)
+    for field in dataclasses.fields(ours):
+        mine, its = getattr(ours, field.name), getattr(theirs, field.name)
+        if field.name not in ("parent", "name") and mine != its:
+            raise ImporterError(
+                f"this {type(module).__name__} cannot be written as {layout.name}: {field.name} is {mine!r}, and a file "
+                f"in that layout would be read with {its!r}"
+            )
 
 
 def _restricted(layout: Layout, module: Any, found: Plan, names: set[str]) -> Plan:

@@ -100,8 +100,8 @@ def _layout_of(definition: Any) -> Layout:
     fitting = []
     for layout in layouts().values():
         try:
-            if not engine.plan_export(layout, definition).missing:
-                fitting.append(layout)
+            engine.export_makers(layout, definition, None, {})
+            fitting.append(layout)
         except Exception:  # noqa: S112 - a table made for another module fails in its own way
             continue
     if len(fitting) == 1:
