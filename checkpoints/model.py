@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 import platform
 import subprocess
 from collections.abc import Callable, Mapping
@@ -26,21 +25,9 @@ import numpy as np
 from etils import epath
 from flax import traverse_util
 
-from checkpoints.arrays import (
-    DamagedError,
-    StoreError,
-    abstract_of,
-    check_files,
-    describe,
-    file_sizes,
-    json_text,
-    one_line,
-    place_of,
-    read_arrays,
-    saveable,
-    write_text,
-)
+from checkpoints.arrays import json_text, one_line, place_of
 from checkpoints.definition import ModelError, decode, encode
+from checkpoints.model_folder import read_document, read_flat, write_folder
 from zoo.nn.partitioning import abstract_variables, shardings, unbox
 
 __all__ = ["Model", "ModelError", "load_model", "save_model"]
@@ -132,47 +119,25 @@ def save_model(
     together = any(not _is_here(x) for x in flat.values())
     if jax.process_index() != 0 and not together:
         return
+    constants = {p: x for p, x in flat.items() if p.startswith("constants/")}
+    document = describe_model(definition, card, info, empty, fingerprint(constants))
+    write_folder(place_of(directory), document, [flat], beside, together=together)
+
+
+def describe_model(
+    definition: Any, card: Mapping[str, Any], info: Mapping[str, Any], empty: list[str], constants: str | None = None
+) -> dict[str, Any]:
+    """``model.json`` but for its arrays; arguments as :func:`save_model`, paths of empty dicts, a fingerprint."""
     info = {**info}
     info.setdefault("versions", versions())
     info.setdefault("git_revision", git_revision())
-    info.setdefault("constants_fingerprint", fingerprint({p: x for p, x in flat.items() if p.startswith("constants/")}))
-    document = {
-        "format": 1,
-        "definition": encode(definition),
-        "card": dict(card),
-        "info": info,
-        "empty": empty,
-        "leaves": describe(flat),
-    }
+    info.setdefault("constants_fingerprint", constants)
+    document = {"format": 1, "definition": encode(definition), "card": dict(card), "info": info, "empty": empty}
     try:
         json_text(document)
     except (TypeError, ValueError) as error:
         raise ModelError(f"card and info must be JSON: {one_line(error)}") from None
-    place = place_of(directory)
-    temporary, old = place.parent / f".{place.name}.saving", place.parent / f".{place.name}.replaced"
-    if together:
-        _save_together(place, temporary, flat, document, beside)
-        return
-    try:
-        if place.exists() and not (place / "model.json").exists() and any(place.iterdir()):
-            raise FileExistsError(f"{place} holds something that is not a model")
-        if old.exists() and not place.exists():  # killed between the two renames
-            old.rename(place)
-        for leftover in (temporary, old):
-            if leftover.exists():
-                leftover.rmtree()
-        temporary.mkdir(parents=True)
-        _write_arrays(temporary / "weights", flat)
-        if beside is not None:
-            beside(temporary)
-        write_text(temporary / "model.json", json_text({**document, "files": file_sizes(temporary / "weights")}))
-        if place.exists():
-            place.rename(old)
-        temporary.rename(place)
-        if old.exists():
-            old.rmtree()
-    except Exception as error:
-        raise StoreError(f"cannot write the model to {place}: {one_line(error)}") from error
+    return document
 
 
 def load_model(directory: Path | str, trust: str | tuple[str, ...] = (), sharding: Any = None) -> Model:
@@ -198,35 +163,6 @@ def load_model(directory: Path | str, trust: str | tuple[str, ...] = (), shardin
         flat[path] = traverse_util.empty_node
     variables = traverse_util.unflatten_dict(flat, sep="/")
     return Model(definition, variables, document["info"], document["card"], str(place))
-
-
-def read_document(place: epath.Path) -> dict[str, Any]:
-    """The ``model.json`` of a model; raises as :func:`load_model`."""
-    path = place / "model.json"
-    if not path.exists():
-        there = "holds no model.json" if place.exists() else "does not exist"
-        raise ModelError(f"no model in {place}: it {there}")
-    try:
-        document = json.loads(path.read_text())
-        missing = {"format", "definition", "card", "info", "empty", "leaves", "files"} - set(document)
-    except (OSError, ValueError, TypeError) as error:
-        raise DamagedError(f"{path}: unreadable ({one_line(error)})") from error
-    if missing:
-        raise ModelError(f"{path} lacks {', '.join(sorted(missing))}")
-    if document["format"] != 1:
-        raise ModelError(f"{path} has format {document['format']}; this version reads format 1")
-    return document
-
-
-def read_flat(place: epath.Path, document: Mapping[str, Any], sharding: Any = None) -> dict[str, jax.Array]:
-    """The flat variables of a model; raises as :func:`load_model`."""
-    leaves = document["leaves"]
-    check_files(place / "weights", document["files"])
-    where = sharding if callable(sharding) else lambda path, shape: sharding
-    abstract = {
-        p: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where(p, x.shape)) for p, x in abstract_of(leaves).items()
-    }
-    return read_arrays(place / "weights", leaves, abstract)
 
 
 def versions() -> dict[str, str]:
@@ -264,18 +200,6 @@ def fingerprint(flat: Mapping[str, Any]) -> str | None:
         digest.update(f"{path}{array.shape}{array.dtype}".encode())
         digest.update(array.tobytes())
     return digest.hexdigest()[:16]
-
-
-def _write_arrays(folder: epath.Path, flat: Mapping[str, jax.Array]) -> None:
-    import orbax.checkpoint as ocp
-
-    # this process alone: no barrier at which the others would be missing
-    alone = ocp.options.MultiprocessingOptions(
-        primary_host=0, active_processes={0} if jax.process_count() > 1 else None, barrier_sync_key_prefix="model"
-    )
-    handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=alone)
-    with ocp.Checkpointer(handler, multiprocessing_options=alone) as checkpointer:
-        checkpointer.save(folder, args=ocp.args.PyTreeSave(jax.device_get(saveable(flat))))
 
 
 def _flatten(variables: Mapping[str, Any]) -> tuple[dict[str, jax.Array], list[str]]:
@@ -319,30 +243,3 @@ def _by_names(definition: Any, mesh: jax.sharding.Mesh) -> Callable:
     found = shardings(abstract_variables(definition), mesh)
     replicated = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     return lambda path, shape: found.get(path, replicated)
-
-
-def _save_together(place: epath.Path, temporary: epath.Path, flat, document, beside) -> None:
-    """Every process writes its shards of the arrays; the first one writes the rest, before and after."""
-    import orbax.checkpoint as ocp
-    from jax.experimental import multihost_utils
-
-    first = jax.process_index() == 0
-    taken = first and place.exists() and any(place.iterdir())
-    if multihost_utils.broadcast_one_to_all(np.asarray(taken)):
-        raise StoreError(f"cannot write the model to {place}: it is not empty")
-    if first:
-        if temporary.exists():
-            temporary.rmtree()
-        temporary.mkdir(parents=True)
-    multihost_utils.sync_global_devices("a folder for the model")
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-        checkpointer.save(temporary / "weights", args=ocp.args.PyTreeSave(saveable(flat)))
-    multihost_utils.sync_global_devices("the model's shards")
-    if first:
-        if beside is not None:
-            beside(temporary)
-        write_text(temporary / "model.json", json_text({**document, "files": file_sizes(temporary / "weights")}))
-        if place.exists():
-            place.rmdir()
-        temporary.rename(place)
-    multihost_utils.sync_global_devices("the model")

@@ -21,7 +21,7 @@ import numpy as np
 from etils import epath
 
 from checkpoints.arrays import CheckpointError, DamagedError, few, place_of, shape_text
-from checkpoints.model import read_document, read_flat
+from checkpoints.model_folder import read_document, read_flat
 from checkpoints.store import Store
 
 

@@ -9,7 +9,7 @@ tensors == export_tensors(imported)                 # the same names, the same b
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -92,7 +92,11 @@ class Imported:
 
 
 def fill(
-    found: Plan, read: Read, dtype: Any = None, regions: Callable[[str], Sequence[tuple[slice, ...]]] | None = None
+    found: Plan,
+    read: Read,
+    dtype: Any = None,
+    regions: Callable[[str], Sequence[tuple[slice, ...]]] | None = None,
+    only: Collection[str] | None = None,
 ) -> tuple[dict[str, list[tuple[tuple[slice, ...], np.ndarray]]], dict[str, int]]:
     """The target's leaves on the host, and how many entries of each source are not finite.
 
@@ -103,6 +107,7 @@ def fill(
       read: reads a source whole.
       dtype: see :func:`target_dtype`.
       regions: which parts of a leaf are wanted, as slices with whole bounds; the whole leaf by default.
+      only: the paths that are wanted; all by default.
 
     Returns:
       path -> (region, array) of each; and source -> count.
@@ -110,10 +115,14 @@ def fill(
     leaves: dict[str, list[tuple[tuple[slice, ...], np.ndarray]]] = {}
     nonfinite: dict[str, int] = {}
     for piece in found.pieces:
+        if only is not None and not any(path in only for path, _ in piece.slots):
+            continue
         arrays = piece.rule.forward([read(name) for name in piece.sources])
-        if bad := sum(count_nonfinite(a) for a in arrays):
-            nonfinite[piece.sources[0]] = bad
         for (path, row), array in zip(piece.slots, arrays, strict=True):
+            if only is not None and path not in only:
+                continue
+            if bad := count_nonfinite(array):
+                nonfinite[piece.sources[0]] = nonfinite.get(piece.sources[0], 0) + bad
             kind = target_dtype(array.dtype, dtype)
             if path not in leaves:
                 shape = found.abstract[path].shape
@@ -139,12 +148,15 @@ def count_nonfinite(array: np.ndarray) -> int:
     return int(array.size - np.count_nonzero(np.isfinite(array))) if jnp.issubdtype(array.dtype, jnp.inexact) else 0
 
 
-def fill_missing(found: Plan, module: Any, leaves: dict, dtype: Any = None, regions: Any = None) -> None:
+def fill_missing(
+    found: Plan, module: Any, leaves: dict, dtype: Any = None, regions: Any = None, only: Collection[str] | None = None
+) -> None:
     """Puts fresh values (the module's initialisers, key 0) where no source was; the other leaves are never made."""
     lost: dict[str, list[int | None]] = {}
     for text in found.missing:
         path, _, row = text.removesuffix("]").partition("[")
-        lost.setdefault(path, []).append(int(row) if row else None)
+        if only is None or path in only:
+            lost.setdefault(path, []).append(int(row) if row else None)
     if not lost:
         return
 
@@ -320,8 +332,8 @@ def check_configurable(layout: Layout, module: Any, found: Plan) -> None:
         mine, its = getattr(ours, field.name), getattr(theirs, field.name)
         if field.name not in ("parent", "name") and mine != its:
             raise ImporterError(
-                f"this {type(module).__name__} cannot be written as {layout.name}: {field.name} is {mine!r}, and a file "
-                f"in that layout would be read with {its!r}"
+                f"this {type(module).__name__} cannot be written as {layout.name}: {field.name} is {mine!r}, a file "
+                f"in that layout would have {its!r}"
             )
 
 

@@ -16,17 +16,20 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import traverse_util
 
-from checkpoints.arrays import json_text, one_line, write_text
+from checkpoints.arrays import json_text, one_line, place_of, write_text
 from checkpoints.importers import engine
 from checkpoints.importers.layout import ImporterError, Layout
 from checkpoints.importers.sources import TOKENIZER_FILES, Source, open_source
 from checkpoints.importers.writing import write_safetensors
-from checkpoints.model import save_model
+from checkpoints.model import describe_model
+from checkpoints.model_folder import write_folder
 from zoo.nn.partitioning import abstract_variables, shardings
 
 __all__ = ["Outcome", "ImporterError", "import_model"]
+
+PART_BYTES = 128 * 2**20
+"""Leaves are made and written in groups of this size (a larger leaf is a group of its own): writing takes a copy."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +67,7 @@ def import_model(
 ) -> Outcome:
     """Imports pretrained weights.
 
-    Reads one tensor at a time: the peak is the target (or this process's shards of it) and the largest tensor.
+    Reads one tensor and writes one group of leaves at a time: the peak is far below the size of a large model.
 
     Args:
       origin: see :func:`checkpoints.importers.sources.open_source`.
@@ -96,19 +99,60 @@ def import_model(
     wanted = None if dtype is None else jnp.dtype(dtype)
     read = lambda short: tensors[short].read()  # noqa: E731
     engine.check_duplicates(found, read)
-    where = shardings(abstract_variables(module), mesh) if mesh is not None else None
+    where = None if mesh is None else shardings(abstract_variables(module), mesh)
     regions = None if where is None else lambda path: _local_regions(where[path], found.abstract[path].shape)
-    parts, nonfinite = engine.fill(found, read, wanted, regions)
-    engine.fill_missing(found, module, parts, wanted, regions)
+    nonfinite: dict[str, int] = {}
     dtypes: dict[str, int] = {}
-    for pieces in parts.values():
-        dtypes[str(pieces[0][1].dtype)] = dtypes.get(str(pieces[0][1].dtype), 0) + 1
-    report = engine.report_of(found, nonfinite)
-    leaves = {path: _leaf(parts.pop(path), where and where[path], found.abstract[path].shape) for path in list(parts)}
-    _save(
-        target, source, chosen, module, leaves, report, prefix, {names[b]: read(b) for b in found.buffers}, parameters
-    )
-    return Outcome(chosen, module, report, parameters, dtypes, target)
+
+    def parts():
+        for paths in _groups(found, wanted):
+            made, bad = engine.fill(found, read, wanted, regions, paths)
+            engine.fill_missing(found, module, made, wanted, regions, paths)
+            for name, count in bad.items():
+                nonfinite[name] = nonfinite.get(name, 0) + count
+            for path in paths:
+                kind = str(made[path][0][1].dtype)
+                dtypes[kind] = dtypes.get(kind, 0) + 1
+            yield {p: _leaf(made.pop(p), where and where[p], found.abstract[p].shape) for p in paths}
+
+    facts = {
+        "imported": {
+            "origin": source.origin,
+            "layout": chosen.name,
+            "parameters": parameters,
+            "missing": list(found.missing),
+            "unused": list(found.unused),
+            "nonfinite": nonfinite,  # filled while the parts are written
+        }
+    }
+    prepared = chosen.preprocessing(source.config, source.preprocessor)
+    if prepared is not None:
+        facts["preprocessing"] = dict(prepared)
+    card = {"name": chosen.name, "kind": "backbone", "title": chosen.title}
+    buffers = {names[b]: read(b) for b in found.buffers}
+    document = describe_model(module, card, facts, [])
+    beside = lambda folder: _write_beside(folder, source, chosen, prefix, buffers)  # noqa: E731
+    together = mesh is not None and jax.process_count() > 1
+    if jax.process_index() == 0 or together:
+        write_folder(place_of(target), document, parts(), beside, several=True, together=together)
+    return Outcome(chosen, module, engine.report_of(found, nonfinite), parameters, dtypes, target)
+
+
+def _groups(found: engine.Plan, dtype: Any) -> list[list[str]]:
+    """Leaves in the order of their sources, in groups of about :data:`PART_BYTES`: what is in memory at once."""
+    order = dict.fromkeys(path for piece in found.pieces for path, _ in piece.slots)
+    order |= dict.fromkeys(found.abstract)
+    groups: list[list[str]] = [[]]
+    size = 0
+    for path in order:
+        leaf = found.abstract[path]
+        own = int(np.prod(leaf.shape)) * (jnp.dtype(dtype or leaf.dtype).itemsize)
+        if groups[-1] and size + own > PART_BYTES:
+            groups.append([])
+            size = 0
+        groups[-1].append(path)
+        size += own
+    return groups
 
 
 def _check_target(target: Path | None) -> None:
@@ -137,20 +181,8 @@ def _leaf(parts: list, sharding: Any, shape: tuple[int, ...]) -> Any:
     return jax.make_array_from_callback(tuple(shape), sharding, lambda index: by_bounds[_bounds(index, shape)])
 
 
-def _save(target, source: Source, layout, module, leaves, report, prefix, buffers, parameters) -> None:
-    facts = {
-        "imported": {
-            "origin": source.origin,
-            "layout": layout.name,
-            "parameters": parameters,
-            "missing": list(report.missing),
-            "unused": list(report.unused),
-            "nonfinite": dict(report.nonfinite),
-        }
-    }
-    prepared = layout.preprocessing(source.config, source.preprocessor)
-    if prepared is not None:
-        facts["preprocessing"] = dict(prepared)
+def _write_beside(folder: Any, source: Source, layout: Layout, prefix: str, buffers: Mapping[str, np.ndarray]) -> None:
+    """What an export needs to be complete, and the files that came with the weights."""
     record = {
         "layout": layout.name,
         "prefix": prefix,
@@ -158,26 +190,19 @@ def _save(target, source: Source, layout, module, leaves, report, prefix, buffer
         "files": {name: dict(entry) for name, entry in source.files.items()},
         "index": None if source.index is None else {"name": source.index[0], "content": dict(source.index[1])},
     }
-
-    def beside(folder: Any) -> None:
-        write_text(folder / "source.json", json_text(record))
-        if buffers:
-            write_safetensors(Path(str(folder)) / "source_buffers.safetensors", buffers)
-        if source.folder is None:
-            return
-        extra = [f for f in TOKENIZER_FILES if (source.folder / f).is_file()]
-        if extra:
-            (folder / "tokenizer").mkdir()
-        for name in extra:
-            (folder / "tokenizer" / name).write_bytes((source.folder / name).read_bytes())
-        for name in ("config.json", "open_clip_config.json", "preprocessor_config.json", "generation_config.json"):
-            if (source.folder / name).is_file():
-                (folder / f"source_{name}").write_bytes((source.folder / name).read_bytes())
-
-    card = {"name": layout.name, "kind": "backbone", "title": layout.title}
-    variables = traverse_util.unflatten_dict(leaves, sep="/")
-    leaves.clear()
-    save_model(target, module, variables, card, facts, beside)
+    write_text(folder / "source.json", json_text(record))
+    if buffers:
+        write_safetensors(Path(str(folder)) / "source_buffers.safetensors", buffers)
+    if source.folder is None:
+        return
+    extra = [f for f in TOKENIZER_FILES if (source.folder / f).is_file()]
+    if extra:
+        (folder / "tokenizer").mkdir()
+    for name in extra:
+        (folder / "tokenizer" / name).write_bytes((source.folder / name).read_bytes())
+    for name in ("config.json", "open_clip_config.json", "preprocessor_config.json", "generation_config.json"):
+        if (source.folder / name).is_file():
+            (folder / f"source_{name}").write_bytes((source.folder / name).read_bytes())
 
 
 def read_record(directory: Path | str) -> Mapping[str, Any] | None:

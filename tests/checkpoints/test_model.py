@@ -146,7 +146,7 @@ def test_a_failed_write_keeps_the_old_model(tmp_path, toy, monkeypatch):
     def full(path, text):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("checkpoints.model.write_text", full)
+    monkeypatch.setattr("checkpoints.model_folder.write_text", full)
     with pytest.raises(StoreError, match="cannot write the model to .*No space left"):
         save_model(tmp_path / "m", toy.Head(), {"params": {"w": jnp.zeros(3)}}, {}, {})
     monkeypatch.undo()

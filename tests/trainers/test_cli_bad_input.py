@@ -330,14 +330,14 @@ def test_a_disk_that_is_full_while_saving(here, capsys, monkeypatch):
 
 
 def test_a_disk_that_is_full_while_exporting_keeps_the_run(here, capsys, monkeypatch):
-    from checkpoints import model
+    from checkpoints import model_folder
 
     with monkeypatch.context() as patch:
 
         def full(*_):
             raise OSError(errno.ENOSPC, "No space left on device")
 
-        patch.setattr(model, "_write_arrays", full)
+        patch.setattr(model_folder, "write_arrays", full)
         refused(capsys, "train", *TINY, "--workdir", "w", says=("cannot write the model", "No space left on device"))
     assert not json.loads((here / "w" / "run.json").read_text())["complete"]
     refused(capsys, "eval", "w", says=("not complete", "zoo train teen --workdir w"))
