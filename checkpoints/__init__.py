@@ -2,10 +2,10 @@
 
 from checkpoints.arrays import CheckpointError, DamagedError, StoreError
 from checkpoints.model import Model, ModelError, load_model, save_model
-from checkpoints.partial import MergeError, MergeReport, load_weights, merge
+from checkpoints.partial import MergeError, MergeReport, load_collections, load_weights, merge, merge_variables
 from checkpoints.store import Store
 
 __all__ = [
     "CheckpointError", "DamagedError", "MergeError", "MergeReport", "Model", "ModelError", "Store", "StoreError",
-    "load_model", "load_weights", "merge", "save_model",
+    "load_collections", "load_model", "load_weights", "merge", "merge_variables", "save_model",
 ]  # fmt: skip

@@ -19,10 +19,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
+from flax import traverse_util
 
 from checkpoints.arrays import CheckpointError, DamagedError, few, place_of, shape_text
 from checkpoints.model_folder import read_document, read_flat
 from checkpoints.store import Store
+
+STATISTICS = "batch_stats"
+"""The collection that goes with the parameters: a network without its running statistics is not the network."""
 
 
 class MergeError(ValueError):
@@ -108,17 +112,74 @@ def merge(
     return merged, report
 
 
+def merge_variables(
+    variables: Mapping[str, Any],
+    source: Mapping[str, Mapping[str, Any]],
+    only: tuple[str, ...] = ("*",),
+    rename: Mapping[str, str] | None = None,
+) -> tuple[dict[str, Any], MergeReport]:
+    """:func:`merge` for nested Flax variables: parameters, and the batch statistics that belong to them.
+
+    Args:
+      variables: collection -> nested dicts of arrays.
+      source: collection -> flat arrays (see :func:`load_collections`).
+      only, rename: see :func:`merge`; patterns are over parameter paths, and statistics follow those they match.
+
+    Returns:
+      The variables, and the report; statistics stand in it as ``batch_stats/...``.
+
+    Raises:
+      MergeError: see :func:`merge`; only the parameters must match something.
+    """
+    flat = traverse_util.flatten_dict(dict(variables["params"]), sep="/")
+    merged, report = merge(flat, source["params"], only, rename)
+    out = {**variables, "params": traverse_util.unflatten_dict(merged, sep="/")}
+    own, theirs = variables.get(STATISTICS), source.get(STATISTICS)
+    if own and theirs:
+        flat = traverse_util.flatten_dict(dict(own), sep="/")
+        fitting = tuple(p for p in only if any(fnmatch.fnmatchcase(path, p) for path in flat))
+        if fitting:
+            try:
+                merged, more = merge(flat, theirs, fitting, rename)
+            except MergeError:  # the parameters are another part of the model than the statistics
+                return out, report
+            out[STATISTICS] = traverse_util.unflatten_dict(merged, sep="/")
+            report = _joined(report, more)
+    return out, report
+
+
+def _joined(report: MergeReport, more: MergeReport) -> MergeReport:
+    name = lambda names: tuple(f"{STATISTICS}/{n}" for n in names)  # noqa: E731
+    mismatched = tuple((f"{STATISTICS}/{p}", a, b) for p, a, b in more.mismatched)
+    return MergeReport(
+        report.matched + name(more.matched), report.missing + name(more.missing), report.unused + name(more.unused),
+        report.mismatched + mismatched,
+    )  # fmt: skip
+
+
 def load_weights(
     path: Path | str,
     weights: Literal["average", "params"] = "average",
     warn: Callable[[str], None] = warnings.warn,
 ) -> dict[str, np.ndarray]:
-    """Flat parameters (paths without ``params/``) of a run or of an exported model, on the host.
+    """The flat parameters of :func:`load_collections`."""
+    return load_collections(path, weights, warn)["params"]
+
+
+def load_collections(
+    path: Path | str,
+    weights: Literal["average", "params"] = "average",
+    warn: Callable[[str], None] = warnings.warn,
+) -> dict[str, dict[str, np.ndarray]]:
+    """Flat parameters (paths without ``params/``) of a run or of an exported model, and its batch statistics.
 
     Args:
       path: a run's folder, its ``checkpoints`` folder, or a model's folder.
       weights: of a run, the averaged parameters if it keeps them, or those it trains.
       warn: told of a damaged checkpoint that is passed over.
+
+    Returns:
+      ``params`` and, where there are some, ``batch_stats``.
 
     Raises:
       CheckpointError: there is nothing to read.
@@ -140,7 +201,7 @@ def load_weights(
     raise CheckpointError(f"no weights in {place}: neither a run with a complete checkpoint nor an exported model")
 
 
-def _run_weights(store: Store, weights: str, warn: Callable[[str], None]) -> dict[str, np.ndarray]:
+def _run_weights(store: Store, weights: str, warn: Callable[[str], None]) -> dict[str, dict[str, np.ndarray]]:
     for step in reversed(store.steps()):
         try:
             paths = store.manifest(step)["leaves"]
@@ -148,18 +209,24 @@ def _run_weights(store: Store, weights: str, warn: Callable[[str], None]) -> dic
             chosen = chosen or [p for p in paths if p.startswith("params/")]
             if not chosen:
                 raise CheckpointError(f"checkpoint {step} in {store.root} holds no parameters")
-            return {p.partition("/")[2]: x for p, x in store.read(step, chosen).items()}
+            before = f"collections/{STATISTICS}/"
+            statistics = [p for p in paths if p.startswith(before)]
+            found = store.read(step, chosen + statistics)
+            out = {"params": {p.partition("/")[2]: found[p] for p in chosen}}
+            return out | ({STATISTICS: {p.removeprefix(before): found[p] for p in statistics}} if statistics else {})
         except DamagedError as damage:
             warn(f"skipping damaged checkpoint {step}: {damage}")
     raise DamagedError(f"every checkpoint in {store.root} is damaged")
 
 
-def _model_weights(place: epath.Path) -> dict[str, np.ndarray]:
-    flat = read_flat(place, read_document(place))
-    params = {p.removeprefix("params/"): np.asarray(x) for p, x in flat.items() if p.startswith("params/")}
+def _model_weights(place: epath.Path) -> dict[str, dict[str, np.ndarray]]:
+    flat = {p: np.asarray(x) for p, x in read_flat(place, read_document(place)).items()}
+    params = {p.removeprefix("params/"): x for p, x in flat.items() if p.startswith("params/")}
     if not params:
         raise CheckpointError(f"the model in {place} holds no parameters")
-    return params
+    before = f"{STATISTICS}/"
+    statistics = {p.removeprefix(before): x for p, x in flat.items() if p.startswith(before)}
+    return {"params": params} | ({STATISTICS: statistics} if statistics else {})
 
 
 def _rename(path: str, rename: Mapping[str, str]) -> str:

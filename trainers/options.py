@@ -42,7 +42,7 @@ class RunOptions:
     progress: bool = True
     """Show a progress bar."""
     init: Annotated[str | None, tyro.conf.arg(metavar="D")] = None
-    """Start from the weights of another run or an exported model."""
+    """Start from the weights of another run, an exported model or an import (zoo import)."""
     init_only: Annotated[tuple[str, ...], tyro.conf.arg(name="init.only", metavar="PATTERN ...")] = ("*",)
     """Patterns over this run's parameter paths that are taken from --init, such as encoder/*; quote them."""
     init_rename: Annotated[tuple[str, ...], tyro.conf.arg(name="init.rename", metavar="OLD=NEW ...")] = ()
@@ -83,14 +83,12 @@ class RunOptions:
         def edit(variables: Mapping) -> Mapping:
             import sys
 
-            from flax import traverse_util
+            from checkpoints.partial import load_collections, merge_variables
 
-            from checkpoints.partial import load_weights, merge
-
-            flat = traverse_util.flatten_dict(dict(variables["params"]), sep="/")
-            merged, report = merge(flat, load_weights(Path(self.init).absolute()), self.init_only, rename)
+            source = load_collections(Path(self.init).absolute())
+            merged, report = merge_variables(variables, source, self.init_only, rename)
             print(f"--init {self.init}: {report}", file=sys.stderr)
-            return {**variables, "params": traverse_util.unflatten_dict(merged, sep="/")}
+            return merged
 
         return edit, f"{self.init} only {self.init_only} rename {self.init_rename}"
 

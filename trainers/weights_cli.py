@@ -63,6 +63,10 @@ def import_weights(argv: list[str]) -> int:
         positional[0], o["to"], o["as"], o["config"], o["key"], _dtype(o["dtype"]),
         _globs(o["allow-missing"]), _globs(o["allow-unused"]), _mesh(o), o["dry-run"],
     )  # fmt: skip
+    import jax
+
+    if jax.process_index() != 0:
+        return 0
     report = outcome.report
     where = None if outcome.directory is None else str(outcome.directory)
     if o["json"]:

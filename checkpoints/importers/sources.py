@@ -37,6 +37,7 @@ SINGLES = ("model.safetensors", "open_clip_model.safetensors", "diffusion_pytorc
            "pytorch_model.bin", "open_clip_pytorch_model.bin", "diffusion_pytorch_model.bin",
            "pytorch_model.pth")  # fmt: skip
 CONFIGS = ("config.json", "open_clip_config.json")
+TORCH_ENDINGS = (".bin", ".pt", ".pth", ".th", ".ckpt", ".tar")
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?(@[\w./-]+)?")
 
 
@@ -139,7 +140,7 @@ def _files_of(folder: Path) -> tuple[list[Path], tuple[str, Mapping[str, Any]] |
     for name in SINGLES:
         if (folder / name).is_file():
             return [folder / name], None
-    endings = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
+    endings = (".safetensors", *TORCH_ENDINGS)
     lone = [f for f in sorted(folder.iterdir()) if f.suffix in endings]
     shard = re.compile(r"(.+)-(\d+)-of-(\d+)\.\w+")
     if lone and all(shard.fullmatch(f.name) for f in lone):
@@ -158,7 +159,7 @@ def _open_file(path: Path, key: str | None) -> tuple[dict[str, Tensor], str | No
         if key:
             raise ImporterError(f"--key {key}: a safetensors file has no nested entries")
         return _open_safetensors(path)
-    if path.suffix not in (".bin", ".pt", ".pth", ".ckpt"):
+    if path.suffix not in TORCH_ENDINGS:
         raise ImporterError(
             f"{path}: unknown kind of file {path.suffix!r}; .safetensors, .pt, .pth, .bin and .ckpt are read"
         )
@@ -225,7 +226,7 @@ def _json(path: Path) -> Any:
 
 
 def _download(origin: str) -> Path:
-    if not HUB_ID.fullmatch(origin) or Path(origin).suffix in (".safetensors", ".bin", ".pt", ".pth", ".ckpt"):
+    if not HUB_ID.fullmatch(origin) or Path(origin).suffix in (".safetensors", *TORCH_ENDINGS):
         raise ImporterError(f"{origin}: there is no such file or folder")
     if importlib.util.find_spec("huggingface_hub") is None:
         raise ImporterError(f"{origin}: no such file or folder here; as a hub id it needs pip install huggingface_hub")

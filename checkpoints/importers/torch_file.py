@@ -1,4 +1,4 @@
-"""Reading tensors from ``torch.save`` files without torch: the zip format, by a reader that can make tensors only.
+"""Reading tensors from ``torch.save`` files, old and new, without torch: by a reader that can make tensors only.
 
 A pickle is a program.  This one is given no function but those that rebuild a tensor from its storage; whatever else it
 names (a class, an optimiser, ``os.system``) is refused before it runs, and the message says what it was.
@@ -28,6 +28,9 @@ STORAGES = {
     "Float8_e4m3fnStorage": ml_dtypes.float8_e4m3fn, "Float8_e5m2Storage": ml_dtypes.float8_e5m2,
 }  # fmt: skip
 """torch's storage classes and what NumPy calls their entries."""
+
+LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
+"""How files of torch before 1.6 begin."""
 
 CONTAINERS = ("state_dict", "model", "model_state_dict", "net", "network", "module", "weights", "params", "student",
               "teacher", "encoder", "ema", "model_ema", "state_dict_ema")  # fmt: skip
@@ -74,13 +77,17 @@ def read_index(path: Path, key: str | None = None) -> dict[str, TensorRef]:
       key: the entry (``a.b`` for nested ones) that holds the weights, where the file holds more than one dict of them.
 
     Raises:
-      ImporterError: damaged, not of plain tensors, of the format before torch 1.6, or ambiguous.
+      ImporterError: damaged, not of plain tensors, or ambiguous.
     """
     try:
-        archive = zipfile.ZipFile(path)
-    except (zipfile.BadZipFile, OSError) as error:
-        raise ImporterError(f"{path}: {_not_zip(path, error)}") from None
-    with archive:
+        content = _read_zip(path) if zipfile.is_zipfile(path) else _read_legacy(path)
+    except OSError as error:
+        raise ImporterError(f"{path}: {error.strerror or error}") from None
+    return _flat(_chosen(content, key, path), path)
+
+
+def _read_zip(path: Path) -> Any:
+    with zipfile.ZipFile(path) as archive:
         names = archive.namelist()
         index = next((n for n in names if n.endswith("data.pkl")), None)
         if index is None:
@@ -88,26 +95,69 @@ def read_index(path: Path, key: str | None = None) -> dict[str, TensorRef]:
         if any(n.split("/")[1:2] == ["constants.pkl"] for n in names):
             raise ImporterError(f"{path}: a TorchScript archive holds code; save its state_dict() with torch.save")
         root = index.removesuffix("data.pkl")
-        order = next((archive.read(n) for n in (f"{root}byteorder",) if n in names), b"little")
+        order = archive.read(f"{root}byteorder") if f"{root}byteorder" in names else b"little"
         if order != b"little":
             raise ImporterError(f"{path}: written on a big-endian machine; only little-endian files are read")
         places = {i.filename: i for i in archive.infolist()}
-        reader = _TensorsOnly(io.BytesIO(archive.read(index)), path, root, places)
-        try:
-            content = reader.load()
-        except ImporterError:
-            raise
-        except Exception as error:  # whatever a damaged pickle runs into
-            raise ImporterError(f"{path}: damaged ({type(error).__name__}: {error})") from None
-    return _flat(_chosen(content, key, path), path)
+        return _load(_TensorsOnly(io.BytesIO(archive.read(index)), path, root, places))
+
+
+def _read_legacy(path: Path) -> Any:
+    """The format before torch 1.6: five pickles, then every storage as its length and its bytes."""
+    with path.open("rb") as file:
+        head = file.read(4)
+        if head == b"PK\x03\x04":
+            raise ImporterError(f"{path}: truncated: a torch.save archive without its end")
+        if head[:1] != b"\x80":
+            raise ImporterError(f"{path}: not a file of torch.save")
+        file.seek(0)
+        found = [_load(_TensorsOnly(file, path)) for _ in range(2)]
+        if found != [LEGACY_MAGIC, 1001]:
+            raise ImporterError(f"{path}: a pickle, but not one of torch.save")
+        if not _load(_TensorsOnly(file, path)).get("little_endian", True):
+            raise ImporterError(f"{path}: written on a big-endian machine; only little-endian files are read")
+        reader = _TensorsOnly(file, path)
+        content, keys = _load(reader), _load(_TensorsOnly(file, path))
+        size = path.stat().st_size
+        offsets = {}
+        for key in keys:
+            entries = int.from_bytes(file.read(8), "little")
+            offsets[key] = file.tell()
+            file.seek(entries * np.dtype(reader.storages[key]).itemsize, 1)
+            if file.tell() > size:
+                raise ImporterError(f"{path}: truncated: the storage {key} is not all there")
+    lost = set(reader.storages) - set(offsets)
+    if lost:
+        raise ImporterError(f"{path}: truncated: the storage {sorted(lost)[0]} is missing")
+    return _placed(content, offsets)
+
+
+def _placed(content: Any, offsets: Mapping[str, int]) -> Any:
+    """Tensors that know where their storages are, which the file says only behind them."""
+    if isinstance(content, TensorRef):
+        return dataclasses.replace(content, offset=offsets[content.storage])
+    if isinstance(content, Mapping):
+        return {k: _placed(v, offsets) for k, v in content.items()}
+    return content
+
+
+def _load(reader: _TensorsOnly) -> Any:
+    try:
+        return reader.load()
+    except ImporterError:
+        raise
+    except Exception as error:  # whatever a damaged pickle runs into
+        what = "truncated" if isinstance(error, EOFError) else f"damaged ({type(error).__name__}: {error})"
+        raise ImporterError(f"{reader.path}: {what}") from None
 
 
 class _TensorsOnly(pickle.Unpickler):
     """An unpickler that knows how to rebuild tensors and nothing else."""
 
-    def __init__(self, file: Any, path: Path, root: str, places: Mapping[str, zipfile.ZipInfo]):
+    def __init__(self, file: Any, path: Path, root: str = "", places: Mapping[str, zipfile.ZipInfo] | None = None):
         super().__init__(file)
         self.path, self.root, self.places = path, root, places
+        self.storages: dict[str, Any] = {}
 
     def find_class(self, module: str, name: str) -> Any:
         """Tensors and dicts; anything else is refused by name."""
@@ -115,6 +165,8 @@ class _TensorsOnly(pickle.Unpickler):
             return collections.OrderedDict
         if module == "torch._utils" and name in ("_rebuild_tensor_v2", "_rebuild_parameter"):
             return {"_rebuild_tensor_v2": self._tensor, "_rebuild_parameter": lambda data, *_: data}[name]
+        if module == "torch._utils" and name == "_rebuild_tensor":  # torch before 0.4
+            return self._tensor
         if module in ("torch", "torch.storage") and name in STORAGES:
             return STORAGES[name]
         if module in ("torch", "torch.storage") and name.endswith("Storage"):
@@ -128,9 +180,12 @@ class _TensorsOnly(pickle.Unpickler):
 
     def persistent_load(self, pid: Any) -> tuple:
         """(dtype, offset in the file, storage's name, entries) of a storage."""
-        kind, dtype, key, _, entries = pid
-        if kind != "storage":
-            raise ImporterError(f"{self.path}: refers to something outside that is not a storage ({kind!r})")
+        kind, dtype, key, _, entries, *view = pid
+        if kind != "storage" or any(view):
+            raise ImporterError(f"{self.path}: refers to something that is not a storage ({kind!r})")
+        self.storages[key] = dtype
+        if self.places is None:
+            return dtype, 0, key, entries
         info = self.places.get(f"{self.root}data/{key}")
         if info is None:
             raise ImporterError(f"{self.path}: truncated: the storage {key} is missing")
@@ -156,20 +211,6 @@ class _TensorsOnly(pickle.Unpickler):
         if 0 not in shape and (start < 0 or any(s < 0 for s in strides) or last >= entries):
             raise ImporterError(f"{self.path}: damaged: a tensor reaches beyond its storage {key}")
         return TensorRef(self.path, offset, dtype, start, tuple(shape), tuple(strides), key)
-
-
-def _not_zip(path: Path, error: Exception) -> str:
-    if isinstance(error, OSError):
-        return error.strerror or str(error)
-    head = path.open("rb").read(12)
-    if head[:4] == b"PK\x03\x04":
-        return "truncated: a torch.save archive without its end"
-    if head[:1] == b"\x80" or b"ustar" in path.open("rb").read(512):
-        return (
-            "the format of torch before 1.6, or another pickle; write it anew with "
-            "torch.save(torch.load(FILE, weights_only=True), NEW)"
-        )
-    return "not a file of torch.save"
 
 
 def _chosen(content: Any, key: str | None, path: Path) -> Mapping:

@@ -1,7 +1,9 @@
 """``zoo import`` and ``zoo export`` on files: whole, sharded, of torch, and every way in which they can be wrong."""
 
 import json
+import os
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -165,7 +167,8 @@ def test_the_writer_writes_what_the_library_writes(tmp_path):
 
 def test_torch_files_are_read_without_torch():
     with np.load(TORCH / "plain.npz") as expected:
-        for name, key in (("plain.pt", None), ("nested.pt", None), ("nested.pt", "state_dict")):
+        files = (("plain.pt", None), ("nested.pt", None), ("nested.pt", "state_dict"), ("legacy.pt", None))
+        for name, key in files:
             refs = read_index(TORCH / name, key)
             assert list(refs) == expected.files
             for weight, ref in refs.items():
@@ -194,7 +197,6 @@ def test_torch_is_never_imported():
         ("class.pt", None, "names __main__.Thing, and only plain tensors are read"),
         ("namespace.pt", None, "names argparse.Namespace"),
         ("complex.pt", None, "ComplexFloatStorage, which is not supported"),
-        ("legacy.pt", None, "the format of torch before 1.6"),
         ("list.pt", None, "holds a list, not a dict of tensors"),
         ("two.pt", None, r"several dicts of weights or none \(student, teacher\); choose one with --key"),
         ("nested.pt", "ema", "--key ema: .* has no 'ema'; it has epoch, state_dict, args"),
@@ -225,9 +227,10 @@ def test_a_pickle_that_would_run_code_does_not(tmp_path):
     assert not (tmp_path / "ran").exists()
 
 
-@pytest.mark.parametrize("keep", [0.0, 0.3, 0.7, 0.99])
-def test_truncated_torch_files_are_refused(tmp_path, keep):
-    data = (TORCH / "plain.pt").read_bytes()
+@pytest.mark.parametrize("keep", [0.0, 0.001, 0.01, 0.3, 0.7, 0.99])
+@pytest.mark.parametrize("name", ["plain.pt", "legacy.pt"])
+def test_truncated_torch_files_are_refused(tmp_path, keep, name):
+    data = (TORCH / name).read_bytes()
     (tmp_path / "cut.pt").write_bytes(data[: int(keep * len(data))])
     with pytest.raises(ImporterError, match="truncated|not a file of torch.save|damaged"):
         read_index(tmp_path / "cut.pt")
@@ -416,6 +419,50 @@ def test_each_device_gets_its_part_and_the_logits_are_the_same(source, tmp_path)
         found = jax.jit(many.definition.apply)(many.variables, ids)
         jax.tree.map(golden_cases.close, jax.device_get(found), jax.device_get(expected))
         jax.tree.map(np.testing.assert_array_equal, jax.device_get(many.variables), jax.device_get(one.variables))
+
+
+PROCESS = """
+import sys
+from checkpoints.importers import engine
+filled = []
+fill = engine.fill
+def count(*arguments):
+    leaves, bad = fill(*arguments)
+    filled.extend(array.size for parts in leaves.values() for _, array in parts)
+    return leaves, bad
+engine.fill = count
+from trainers.cli import _run
+status = _run(sys.argv[1:])
+print("filled", sum(filled))
+sys.exit(status)
+"""
+
+
+def test_two_processes_write_their_own_shards(tmp_path):
+    folder = golden_cases.FOLDER / "llama_grouped"
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    env = {
+        **os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=4", "PYTHONPATH": str(ROOT),
+        "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "JAX_NUM_PROCESSES": "2",
+    }  # fmt: skip
+    argv = ["import", str(folder), "--to", str(tmp_path / "model"), "--distributed", "--fsdp", "4", "--tensor", "2"]
+    children = [
+        subprocess.Popen(
+            [sys.executable, "-c", PROCESS, *argv], env={**env, "JAX_PROCESS_ID": str(rank)},
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )
+        for rank in (0, 1)
+    ]  # fmt: skip
+    said = [c.communicate(timeout=240)[0] for c in children]
+    assert all(c.returncode == 0 for c in children), said[0][-2000:] + said[1][-2000:]
+    found, expected = load_model(tmp_path / "model"), golden_cases.load("llama_grouped")
+    jax.tree.map(np.testing.assert_array_equal, dict(found.variables), dict(expected.variables))
+    whole = sum(x.size for x in jax.tree.leaves(expected.variables))
+    filled = [int(text.split("filled ")[1].split()[0]) for text in said]
+    assert all(0.4 * whole < n < 0.7 * whole for n in filled), (filled, whole)
+    assert said[0].count("holds the model") == 1 and "holds the model" not in said[1]
 
 
 def test_a_mesh_needs_a_definition_that_names_its_axes(tmp_path):

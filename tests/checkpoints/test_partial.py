@@ -137,3 +137,30 @@ def test_nothing_to_read(tmp_path):
         load_weights(tmp_path)
     with pytest.raises(ValueError, match="'average' or 'params'"):
         load_weights(tmp_path, weights="best")
+
+
+def test_statistics_go_with_the_parameters(tmp_path):
+    from checkpoints import load_collections, merge_variables, save_model
+    from zoo.nn.partitioning import unbox
+    from zoo.nn.resnet import ResNet, ResNetConfig
+
+    module = ResNet(ResNetConfig((1,), (2,), stem_width=2, classes=3))
+    x = jnp.ones((2, 8, 8, 3))
+    source = unbox(module.init(jax.random.key(0), x))
+    source = {c: jax.tree.map(lambda a: a + 0.5, v) for c, v in source.items()}
+    save_model(tmp_path / "m", module, source, {}, {})
+    found = load_collections(tmp_path / "m")
+    assert set(found) == {"params", "batch_stats"}
+    target = {
+        c: {"encoder": v, "own": {"bias": jnp.zeros(1)}} for c, v in unbox(module.init(jax.random.key(1), x)).items()
+    }
+    merged, report = merge_variables(target, found, ("encoder/*",), {"": "encoder"})
+    for collection in source:
+        jax.tree.map(np.testing.assert_array_equal, merged[collection]["encoder"], source[collection])
+        np.testing.assert_array_equal(merged[collection]["own"]["bias"], 0)
+    assert "batch_stats/encoder/stem/norm/mean" in report.matched and "encoder/stem/norm/scale" in report.matched
+    part, report = merge_variables(target, found, ("encoder/head/*",), {"": "encoder"})
+    jax.tree.map(np.testing.assert_array_equal, part["batch_stats"], target["batch_stats"])
+    assert sorted(report.matched) == ["encoder/head/bias", "encoder/head/kernel"]
+    plain, _ = merge_variables({"params": target["params"]}, found, ("encoder/*",), {"": "encoder"})
+    assert set(plain) == {"params"}

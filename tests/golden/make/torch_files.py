@@ -33,14 +33,16 @@ def main():
         "parameter": torch.nn.Parameter(torch.randn(2, 2)),
     }
     torch.save(state, FOLDER / "plain.pt")
-    arrays = {k: v.detach().float().numpy() if v.dtype == torch.bfloat16 else v.detach().numpy() for k, v in state.items()}
+    arrays = {
+        k: v.detach().float().numpy() if v.dtype == torch.bfloat16 else v.detach().numpy() for k, v in state.items()
+    }
     np.savez_compressed(FOLDER / "plain.npz", **arrays)
     torch.save({"epoch": 3, "state_dict": state, "args": {"lr": 0.1, "name": "x"}}, FOLDER / "nested.pt")
     torch.save({"student": {"w": torch.ones(2)}, "teacher": {"w": torch.zeros(2)}}, FOLDER / "two.pt")
     torch.save({"w": torch.ones(2), "thing": Thing()}, FOLDER / "class.pt")
     torch.save({"w": torch.ones(2), "args": argparse.Namespace(lr=1)}, FOLDER / "namespace.pt")
     torch.save({"w": torch.ones(2, dtype=torch.complex64)}, FOLDER / "complex.pt")
-    torch.save({"w": torch.ones(2)}, FOLDER / "legacy.pt", _use_new_zipfile_serialization=False)
+    torch.save(state, FOLDER / "legacy.pt", _use_new_zipfile_serialization=False)
     torch.save([torch.ones(2)], FOLDER / "list.pt")
 
 
