@@ -40,10 +40,11 @@ def method(name: str) -> list[dict[str, Any]]:
     from trainers.run import recipe_module
 
     peak_flops, peak_bytes = roofline()
-    return [_one(b, peak_flops, peak_bytes) for b in recipe_module(name).benchmarks()]
+    return [run_one(b, peak_flops, peak_bytes) for b in recipe_module(name).benchmarks()]
 
 
-def _one(b: Benchmark, peak_flops: float, peak_bytes: float) -> dict[str, Any]:
+def run_one(b: Benchmark, peak_flops: float, peak_bytes: float) -> dict[str, Any]:
+    """Times one operation against a roofline (FLOP/s, bytes/s)."""
     start = time.perf_counter()
     compiled = jax.jit(b.fn).lower(*b.args).compile()
     compile_seconds = time.perf_counter() - start

@@ -22,7 +22,7 @@ A functional JAX zoo of methods that learn, compare, compress and search represe
   zoo train NAME [--workdir D] [...]        run its recipe (offline, on embedded data); resumes if D holds the run
   zoo eval D [--json]                       evaluate a finished run or an exported model
   zoo claim NAME [--seeds N] [--json]       method against baseline over paired seeds, with the verdict
-  zoo bench NAME|trainer [--json]           time the hot operation: compile time, rate, share of the roofline
+  zoo bench NAME|trainer|backbones|import   time the hot operation: compile time, rate, share of the roofline
   zoo import SRC --to D [--as LAYOUT]       pretrained weights (hub id, safetensors, torch file) into a model here
   zoo export D --to F                       and back to safetensors under the original names
   zoo new NAME --family F                   write the three files of a new method
@@ -133,9 +133,10 @@ def prepare_jax(platform: str | None) -> None:
 
     import jax
 
-    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kindred-zoo" / "compiled"
+    _mend_cache(root)
     settings = {
-        "jax_compilation_cache_dir": str(root / "kindred-zoo" / "compiled"),
+        "jax_compilation_cache_dir": str(root),
         "jax_persistent_cache_min_compile_time_secs": 0,
         "jax_persistent_cache_min_entry_size_bytes": 0,
     }
@@ -146,6 +147,20 @@ def prepare_jax(platform: str | None) -> None:
             jax.config.update(name, value)
     if platform:
         jax.config.update("jax_platforms", {"gpu": "cuda"}.get(platform, platform))
+
+
+def _mend_cache(folder: Path) -> None:
+    """Removes programs whose time stamp is missing: a killed process leaves one, and jax then warns at every program."""
+    import time
+
+    try:
+        there = {entry.name: entry for entry in os.scandir(folder)}
+        for name, entry in there.items():
+            lone = name.endswith("-cache") and f"{name.removesuffix('-cache')}-atime" not in there
+            if lone and time.time() - entry.stat().st_mtime > 60:  # not one that is being written now
+                os.unlink(entry.path)
+    except OSError:  # no folder yet, or another process was quicker
+        return
 
 
 def check_platform(platform: str) -> None:
@@ -383,8 +398,8 @@ def _claim(argv: list[str]) -> int:
 
 
 def _bench(argv: list[str]) -> int:
-    (name,), o = parse_options(argv, "usage: zoo bench NAME|trainer [--json]", ("json",), names=1)
-    if name != "trainer":
+    (name,), o = parse_options(argv, "usage: zoo bench NAME|trainer|backbones|import [--json]", ("json",), names=1)
+    if name not in ("trainer", "backbones", "import"):
         import zoo
 
         zoo.card(name)
@@ -392,7 +407,12 @@ def _bench(argv: list[str]) -> int:
     from trainers import bench
 
     with contextlib.redirect_stdout(sys.stderr):
-        rows = bench.trainer() if name == "trainer" else bench.method(name)
+        if name in ("backbones", "import"):
+            from trainers import bench_backbones
+
+            rows = bench_backbones.backbones() if name == "backbones" else bench_backbones.importing()
+        else:
+            rows = bench.trainer() if name == "trainer" else bench.method(name)
     if o["json"]:
         print_json(rows)
     else:

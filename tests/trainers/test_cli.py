@@ -388,3 +388,17 @@ def test_the_test_of_a_new_method_fails_honestly(tree):
     assert done.returncode == 1, done.stdout + done.stderr
     assert "2 passed" in done.stdout and "1 failed" in done.stdout
     assert "write the method" in done.stdout
+
+
+def test_a_program_whose_time_stamp_is_lost_is_removed_from_the_cache(tmp_path):
+    import os
+
+    from trainers.cli import _mend_cache
+
+    for name in ("a-cache", "a-atime", "b-cache", "c-cache"):
+        (tmp_path / name).write_text("x")
+        os.utime(tmp_path / name, (1, 1))
+    (tmp_path / "c-cache").touch()  # being written now
+    _mend_cache(tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a-atime", "a-cache", "c-cache"]
+    _mend_cache(tmp_path / "nowhere")
