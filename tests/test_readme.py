@@ -14,6 +14,13 @@ def test_the_table_is_current():
     assert with_table(text, ROOT) == text, "run: python -m trainers.readme"
 
 
+def test_what_made_each_golden_file_is_said():
+    import runpy
+
+    made = runpy.run_path(str(ROOT / "tests" / "golden" / "make" / "readme.py"))["text"]()
+    assert made == (ROOT / "tests" / "golden" / "README.md").read_text(), "run: python tests/golden/make/readme.py"
+
+
 def test_every_claim_is_kept_as_it_was_registered():
     for card in zoo.cards():
         found = json.loads((ROOT / "tests" / "claims" / f"{card.name}.json").read_text())

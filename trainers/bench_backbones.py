@@ -65,7 +65,8 @@ def _decoder() -> list[Benchmark]:
     d, hidden, heads, kv, tokens = 1024, 2816, 16, 4, 256
     config = DecoderConfig(
         vocab_size=32, hidden_size=d, num_layers=1, num_heads=heads, num_kv_heads=kv, mlp_dim=hidden,
-        positions="rotary", norm="rms", gated=True, activation="silu", qkv_bias=False, out_bias=False, mlp_bias=False, head="none",
+        positions="rotary", norm="rms", gated=True, activation="silu", qkv_bias=False, out_bias=False, mlp_bias=False,
+        head="none",
     )  # fmt: skip
     module = DecoderLM(config)
     variables = _random(module)

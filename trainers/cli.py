@@ -150,7 +150,7 @@ def prepare_jax(platform: str | None) -> None:
 
 
 def _mend_cache(folder: Path) -> None:
-    """Removes programs whose time stamp is missing: a killed process leaves one, and jax then warns at every program."""
+    """Removes programs whose time stamp is missing: a kill leaves one, and jax then warns at every program."""
     import time
 
     try:

@@ -1,4 +1,4 @@
-"""The README's table of methods, generated from the cards and the kept claims: ``python -m trainers.readme``."""
+"""The README's generated tables (methods and their claims, layouts of weights): ``python -m trainers.readme``."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 import zoo
 
 BEGIN, END = "<!-- methods: python -m trainers.readme -->", "<!-- end of methods -->"
+LAYOUTS, LAYOUTS_END = "<!-- layouts: python -m trainers.readme -->", "<!-- end of layouts -->"
 
 
 def table(root: Path) -> str:
@@ -31,16 +32,29 @@ def table(root: Path) -> str:
 
 
 def with_table(text: str, root: Path) -> str:
-    """A README with its table made anew.
+    """A README with its tables made anew.
 
     Raises:
       ValueError: the markers are missing.
     """
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise ValueError(f"README.md needs the markers {BEGIN!r} and {END!r}")
-    return f"{before}{BEGIN}\n{table(root)}\n{END}{after}"
+    text = _between(text, BEGIN, END, table(root))
+    return _between(text, LAYOUTS, LAYOUTS_END, layouts_table())
+
+
+def _between(text: str, begin: str, end: str, made: str) -> str:
+    before, found, rest = text.partition(begin)
+    _, closed, after = rest.partition(end)
+    if not found or not closed:
+        raise ValueError(f"README.md needs the markers {begin!r} and {end!r}")
+    return f"{before}{begin}\n{made}\n{end}{after}"
+
+
+def layouts_table() -> str:
+    """One row for each layout that ``zoo import`` knows."""
+    from checkpoints.importers.recognition import layouts
+
+    rows = [f"| `{x.name}` | {x.title} |" for x in layouts().values()]
+    return "\n".join(["| layout | weights |", "| --- | --- |", *rows])
 
 
 def main() -> None:
