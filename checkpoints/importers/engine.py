@@ -200,7 +200,7 @@ def import_tensors(
     """
     chosen, prefix, names = identify(config, tensors, layout)
     shapes = {short: tensors[name] for short, name in names.items()}
-    module = chosen.configure(config, abstract_shapes(shapes))
+    module = configured(chosen, config, shapes)
     found = plan(chosen, module, shapes)
     check(found, chosen, allow_missing, allow_unused)
     read = lambda short: np.asarray(tensors[names[short]])  # noqa: E731
@@ -221,6 +221,22 @@ def identify(
     chosen = named(layout) if layout else recognise(config, tensors)
     prefix, names = split_prefix(chosen, tensors)
     return chosen, prefix, names
+
+
+def configured(layout: Layout, config: Mapping[str, Any] | None, shapes: Mapping[str, Any]) -> Any:
+    """The module that a layout configures.
+
+    Raises:
+      ImporterError: unsupported, or entries and weights that a configuration cannot do without are not there.
+    """
+    try:
+        return layout.configure(config, abstract_shapes(shapes))
+    except (LookupError, TypeError, AttributeError) as error:
+        gist = f"{type(error).__name__}: {error}"
+        raise ImporterError(
+            f"config and weights do not describe a model of the layout {layout.name} ({gist}); "
+            "give the right config.json with --config FILE, or another layout with --as NAME"
+        ) from error
 
 
 def named(layout: str) -> Layout:
@@ -299,7 +315,8 @@ def export_makers(layout: Layout, module: Any, source: Mapping[str, Any] | None,
             made[name] = _maker(piece, i)
     if original is None:
         check_configurable(layout, module, found)
-        return {layout.full_name(module, name): make for name, make in made.items()}
+        fixed = {name: lambda get, value=value: value for name, value in layout.new_buffers(module).items()}
+        return {layout.full_name(module, name): make for name, make in (made | fixed).items()}
     out = {}
     for name in original:
         short = shorts[name]
@@ -324,7 +341,7 @@ def check_configurable(layout: Layout, module: Any, found: Plan) -> None:
         rows = [x.shape if row is None else x.shape[1:] for x, (_, row) in zip(leaves, piece.slots, strict=True)]
         dummies = [np.broadcast_to(np.zeros((), x.dtype), s) for x, s in zip(leaves, rows, strict=True)]
         shapes |= zip(piece.sources, piece.rule.backward(dummies), strict=True)
-    again = layout.configure(layout.to_config(module), abstract_shapes(shapes))
+    again = configured(layout, layout.to_config(module), shapes)
     if type(again) is not type(module):
         raise ImporterError(f"{layout.name} writes a {type(again).__name__}, not a {type(module).__name__}")
     ours, theirs = getattr(module, "config", module), getattr(again, "config", again)

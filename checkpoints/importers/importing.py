@@ -90,7 +90,7 @@ def import_model(
     source = open_source(origin, config, key)
     chosen, prefix, names = engine.identify(source.config, source.tensors, layout)
     tensors = {short: source.tensors[name] for short, name in names.items()}
-    module = chosen.configure(source.config, engine.abstract_shapes(tensors))
+    module = engine.configured(chosen, source.config, tensors)
     found = engine.plan(chosen, module, tensors)
     engine.check(found, chosen, allow_missing, allow_unused)
     parameters = sum(int(np.prod(x.shape)) for p, x in found.abstract.items() if p.startswith("params/"))

@@ -25,6 +25,10 @@ def _none(*_: Any) -> None:
     return None
 
 
+def _nothing(_: Any) -> Mapping[str, Any]:
+    return {}
+
+
 def _same_name(_: Any, name: str) -> str:
     return name
 
@@ -49,6 +53,8 @@ class Layout:
         those names that have it, and put back by an export.
       buffers: patterns of tensors that are no weights (position ids, batch counters, causal masks): kept verbatim
         beside the model, so that an export is complete.
+      new_buffers: ``(module) -> {name: array}``: those of them that the library wants to find, for an export of a model
+        that was never imported.
       duplicates: ``(copy, original)`` patterns: a tied weight that some files store twice; the copy must equal the
         original, or the import is refused.
       to_config: ``(module) -> config.json`` content for an export that the reference library can load; ``None`` if the
@@ -68,6 +74,7 @@ class Layout:
     absent: tuple[str, ...] = ()
     prefixes: tuple[str, ...] = ()
     buffers: tuple[str, ...] = ()
+    new_buffers: Callable[[Any], Mapping[str, Any]] = _nothing
     duplicates: tuple[tuple[str, str], ...] = ()
     to_config: Callable[[Any], Mapping[str, Any] | None] = _none
     full_name: Callable[[Any, str], str] = _same_name
