@@ -111,8 +111,6 @@ print(json.dumps({"seconds": time.perf_counter() - start, "before": before, "pea
 
 def importing(layers: int = 12, width: int = 1536) -> list[dict[str, Any]]:
     """Imports a made-up LLaMA of about half a gigabyte in a process of its own: time, and the peak above its start."""
-    import ml_dtypes
-
     from checkpoints.importers.writing import write_safetensors
 
     hidden, tokens = 4 * width, 8000
@@ -132,7 +130,7 @@ def importing(layers: int = 12, width: int = 1536) -> list[dict[str, Any]]:
         "max_position_embeddings": 2048, "rms_norm_eps": 1e-5, "hidden_act": "silu", "tie_word_embeddings": False,
         "rope_theta": 10000.0, "architectures": ["LlamaForCausalLM"],
     }  # fmt: skip
-    some = np.random.default_rng(0).normal(size=1 << 20).astype(ml_dtypes.bfloat16)
+    some = np.random.default_rng(0).normal(size=1 << 20).astype(jnp.bfloat16)
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "source"
         source.mkdir()

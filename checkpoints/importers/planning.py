@@ -181,6 +181,7 @@ def _misfit(rule: Rule, sources, slots, shapes, abstract) -> str | None:
 
 
 def all_slots(abstract, pieces: Sequence[Piece], filled: Mapping[Slot, str]) -> Iterator[Slot]:
+    """Every leaf once, or once for each row where rows are filled one by one."""
     stacked = {path for path, row in filled if row is not None}
     for path, leaf in abstract.items():
         if path in stacked:
@@ -190,6 +191,7 @@ def all_slots(abstract, pieces: Sequence[Piece], filled: Mapping[Slot, str]) -> 
 
 
 def slot_of(target: str, bindings: Mapping[str, int]) -> Slot:
+    """What a target pattern is for these numbers."""
     path, _ = row_of(target)
     row = None
     if path != target:
@@ -206,4 +208,5 @@ def row_of(target: str) -> tuple[str, str | None]:
 
 
 def slot_text(slot: Slot) -> str:
+    """A slot as reports name it."""
     return slot[0] if slot[1] is None else f"{slot[0]}[{slot[1]}]"
