@@ -116,3 +116,25 @@ def test_wrong_images_and_settings_are_named(images, settings, message):
 def test_a_text_model_prepares_no_images(source):
     with pytest.raises(ModelError, match="does not say how its images are prepared"):
         imported(source).preprocess(np.zeros((4, 4, 3), np.uint8))
+
+
+def test_vit_squeezes_and_clip_crops_as_their_processors_do(tmp_path):
+    from checkpoints.importers.recognition import layouts
+
+    rng = np.random.default_rng(0)
+    image = rng.integers(0, 256, (50, 70, 3), np.uint8)
+    vit = layouts()["hub-vit"].preprocessing(None, {"size": {"height": 32, "width": 32}, "resample": 2})
+    squeezed = np.asarray(Image.fromarray(image).resize((32, 32), Image.Resampling.BILINEAR)) / 255
+    np.testing.assert_allclose(prepare_images(image, **vit)[0], (squeezed - 0.5) / 0.5, atol=1e-5)
+    said = {
+        "size": {"shortest_edge": 36},
+        "crop_size": {"height": 32, "width": 32},
+        "do_center_crop": True,
+        "resample": 3,
+    }
+    clip = layouts()["hub-clip"].preprocessing(None, said)
+    resized = np.asarray(Image.fromarray(image).resize((int(36 * 70 / 50), 36), Image.Resampling.BICUBIC)) / 255
+    left = round((resized.shape[1] - 32) / 2)
+    middle = resized[2:34, left : left + 32]
+    mean, std = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+    np.testing.assert_allclose(prepare_images(image, **clip)[0], (middle - mean) / std, atol=1e-5)

@@ -101,13 +101,16 @@ def preprocessing(config, preprocessor):
     resized, cropped = preprocessor.get("size", 224), preprocessor.get("crop_size")
     side = lambda s: pair(s) if not isinstance(s, dict) else (  # noqa: E731
         (s["height"], s["width"]) if "height" in s else pair(s["shortest_edge"]))  # fmt: skip
-    size = side(cropped if preprocessor.get("do_center_crop", cropped is not None) and cropped else resized)
+    centred = bool(cropped) and preprocessor.get("do_center_crop", True)
+    size = side(cropped if centred else resized)
+    # without a crop the whole image is squeezed into the size, unless only its shorter side is given
+    squeezed = not centred and not (isinstance(resized, dict) and "shortest_edge" in resized)
     resample = preprocessor.get("resample", 2)
     return {
         "size": size, "mean": tuple(preprocessor.get("image_mean", (0.5,) * 3)),
         "std": tuple(preprocessor.get("image_std", (0.5,) * 3)),
         "interpolation": resample if isinstance(resample, str) else INTERPOLATION[resample],
-        "crop": size[0] / side(resized)[0],
+        "crop": None if squeezed else size[0] / side(resized)[0],
     }  # fmt: skip
 
 
