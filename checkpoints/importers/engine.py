@@ -315,7 +315,11 @@ def export_makers(layout: Layout, module: Any, source: Mapping[str, Any] | None,
             made[name] = _maker(piece, i)
     if original is None:
         check_configurable(layout, module, found)
-        fixed = {name: lambda get, value=value: value for name, value in layout.new_buffers(module).items()}
+        values = dict(layout.new_buffers(module))
+        if any(b.endswith("num_batches_tracked") for b in layout.buffers):  # torch's norms count their batches besides
+            counted = [n.removesuffix("running_mean") for n in made if n.endswith(".running_mean")]
+            values |= {f"{norm}num_batches_tracked": np.zeros((), np.int64) for norm in counted}
+        fixed = {name: lambda get, value=value: value for name, value in values.items()}
         return {layout.full_name(module, name): make for name, make in (made | fixed).items()}
     out = {}
     for name in original:
@@ -327,7 +331,10 @@ def export_makers(layout: Layout, module: Any, source: Mapping[str, Any] | None,
             out[name] = lambda get, value=buffers[name]: value
         elif copy_of in made:
             out[name] = made[copy_of]
-    return out
+    # what the import initialised afresh stood in none of its files
+    known = set(shorts.values())
+    full = (lambda n: layout.full_name(module, n)) if prefix in layout.prefixes else (lambda n: f"{prefix}{n}")
+    return out | {full(name): make for name, make in made.items() if name not in known}
 
 
 def check_configurable(layout: Layout, module: Any, found: Plan) -> None:

@@ -91,7 +91,7 @@ def export_model(
             folder / file, part, {n: shapes[n] for n in names}, header, {"format": "pt"}
         )  # fmt: skip
     if not single:
-        _write_beside(folder, Path(directory), record, chosen, model.definition, files, shapes)
+        _write_beside(folder, Path(directory), record, chosen, model.definition, files, shapes, wanted is not None)
     left_out = [] if source is None else [n for n in source["names"] if n not in makers]
     return {"layout": chosen.name, "files": written, "weights": len(makers), "left_out": left_out}
 
@@ -122,6 +122,8 @@ def _files(record, shapes, single: str | None, shard_bytes: int) -> dict[str, tu
             file = single or (name if name.endswith(".safetensors") else f"{Path(name).stem}.safetensors")
             file = "model.safetensors" if file == "pytorch_model.safetensors" else file
             out[file] = (entry["header"], [n for n in entry["names"] if n in shapes])
+        placed = {n for _, names in out.values() for n in names}
+        out[file][1].extend(n for n in shapes if n not in placed)  # what the import initialised afresh
         return out
     if single:
         return {single: (None, list(shapes))}
@@ -139,7 +141,7 @@ def _files(record, shapes, single: str | None, shard_bytes: int) -> dict[str, tu
     return {f"model-{i:05}-of-{len(groups):05}.safetensors": (None, g) for i, g in enumerate(groups, start=1)}
 
 
-def _write_beside(folder: Path, directory: Path, record, layout: Layout, definition, files, shapes) -> None:
+def _write_beside(folder: Path, directory: Path, record, layout: Layout, definition, files, shapes, converted) -> None:
     """config.json, the index of several files, and the tokenizer's files."""
     kept = [name for name in (*CONFIGS, "preprocessor_config.json", "generation_config.json")
             if record is not None and (directory / f"source_{name}").exists()]  # fmt: skip
@@ -155,12 +157,11 @@ def _write_beside(folder: Path, directory: Path, record, layout: Layout, definit
         where = {n: file for file, (_, names) in files.items() for n in names}
         index: Mapping[str, Any] = {"metadata": {"total_size": size}, "weight_map": dict(sorted(where.items()))}
         name = "model.safetensors.index.json"
-        if (
-            record is not None
-            and record["index"] is not None
-            and record["index"]["name"].endswith("safetensors.index.json")
-        ):
-            name, index = record["index"]["name"], record["index"]["content"]
+        old = None if record is None else record["index"]
+        if old is not None and old["name"].endswith("safetensors.index.json"):
+            name = old["name"]
+            # the old one is still true if the same weights are in the same files, in their own number types
+            index = old["content"] if old["content"]["weight_map"] == where and not converted else index
         (folder / name).write_text(json.dumps(index, indent=2) + "\n")
     if (directory / "tokenizer").is_dir():
         for file in (directory / "tokenizer").iterdir():

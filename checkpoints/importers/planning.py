@@ -78,9 +78,9 @@ def plan(layout: Layout, module: Any, shapes: Mapping[str, Any]) -> Plan:
             unused += [s for s in sources if s is not None]
             continue
         why = _misfit(rule, sources, slots, shapes, abstract)
-        twice = next((filled[s] for s in slots if s in filled), None)
+        twice = next((s for s in slots if s in filled), None)
         if why is None and twice is not None:
-            why = f"{slot_text(slots[0])} is already filled by {twice}"
+            why = f"{slot_text(twice)} is already filled by {filled[twice]}"
         if why:
             mismatched.append((sources[0], why))
         else:
@@ -124,7 +124,13 @@ def plan_export(layout: Layout, module: Any) -> Plan:
 
 def check(found: Plan, layout: Layout, allow_missing: Sequence[str] = (), allow_unused: Sequence[str] = ()) -> None:
     """Raises ImporterError unless everything is matched, save for what the patterns (globs) allow."""
-    allowed = lambda name, patterns: any(fnmatchcase(name, p) or fnmatchcase(name, f"params/{p}") for p in patterns)  # noqa: E731
+
+    def allowed(name: str, patterns: Sequence[str]) -> bool:
+        # a name as the message gives it, layers[1], is no glob
+        return any(
+            name in (p, f"params/{p}") or fnmatchcase(name, p) or fnmatchcase(name, f"params/{p}") for p in patterns
+        )
+
     missing = [m for m in found.missing if not allowed(m, allow_missing)]
     unused = [u for u in found.unused if not allowed(u, allow_unused)]
     said = [f"{name}: {why}" for name, why in found.mismatched[:1]]

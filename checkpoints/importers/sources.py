@@ -31,11 +31,14 @@ TOKENIZER_FILES = (
 )  # fmt: skip
 """What is copied beside an imported model."""
 
-INDEXES = ("model.safetensors.index.json", "diffusion_pytorch_model.safetensors.index.json",
-           "pytorch_model.bin.index.json")  # fmt: skip
-SINGLES = ("model.safetensors", "open_clip_model.safetensors", "diffusion_pytorch_model.safetensors",
-           "pytorch_model.bin", "open_clip_pytorch_model.bin", "diffusion_pytorch_model.bin",
-           "pytorch_model.pth")  # fmt: skip
+WEIGHTS = (
+    "model.safetensors.index.json", "diffusion_pytorch_model.safetensors.index.json",
+    "model.safetensors", "open_clip_model.safetensors", "diffusion_pytorch_model.safetensors",
+    "pytorch_model.bin.index.json", "diffusion_pytorch_model.bin.index.json",
+    "pytorch_model.bin", "open_clip_pytorch_model.bin", "diffusion_pytorch_model.bin", "pytorch_model.pth",
+)  # fmt: skip
+"""Indexes and weight files, the first that is there is read: many a hub id has both kinds, the pickles in pieces."""
+
 CONFIGS = ("config.json", "open_clip_config.json")
 TORCH_ENDINGS = (".bin", ".pt", ".pth", ".th", ".ckpt", ".tar")
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?(@[\w./-]+)?")
@@ -126,20 +129,19 @@ def open_source(origin: str, config: str | None = None, key: str | None = None) 
 
 
 def _files_of(folder: Path) -> tuple[list[Path], tuple[str, Mapping[str, Any]] | None]:
-    for name in INDEXES:
-        if (folder / name).is_file():
+    name = next((n for n in WEIGHTS if (folder / n).is_file()), None)
+    if name is not None:
+        if name.endswith(".index.json"):
             content = _json(folder / name)
             mapped = content.get("weight_map")
-            if not isinstance(mapped, Mapping) or not mapped:
-                raise ImporterError(f"{folder / name}: no weight_map")
+            if not isinstance(mapped, Mapping) or not mapped or not all(isinstance(f, str) for f in mapped.values()):
+                raise ImporterError(f"{folder / name}: no weight_map from names to files")
             files = list(dict.fromkeys(mapped.values()))
             missing = [f for f in files if not (folder / f).is_file()]
             if missing:
                 raise ImporterError(f"{folder / name} names {missing[0]}, which is not in the folder")
             return [folder / f for f in files], (name, content)
-    for name in SINGLES:
-        if (folder / name).is_file():
-            return [folder / name], None
+        return [folder / name], None
     endings = (".safetensors", *TORCH_ENDINGS)
     lone = [f for f in sorted(folder.iterdir()) if f.suffix in endings]
     shard = re.compile(r"(.+)-(\d+)-of-(\d+)\.\w+")
@@ -193,6 +195,12 @@ def _open_safetensors(path: Path) -> tuple[dict[str, Tensor], str | None]:
 
     def reader(name: str) -> Callable[[], np.ndarray]:
         def read() -> np.ndarray:
+            shape, kind = kinds[name]
+            if kind.startswith("F8"):  # which the library does not give as NumPy arrays
+                first, last = json.loads(header)[name]["data_offsets"]
+                with path.open("rb") as raw:
+                    raw.seek(8 + len(header.encode()) + first)
+                    return np.frombuffer(bytearray(raw.read(last - first)), DTYPES[kind]).reshape(shape)
             # opened for each weight: a mapping kept open would count every page ever read as this process's
             with safe_open(path, "numpy") as file:
                 return file.get_tensor(name)

@@ -24,10 +24,15 @@ from checkpoints.importers.layout import ImporterError
 STORAGES = {
     "DoubleStorage": np.float64, "FloatStorage": np.float32, "HalfStorage": np.float16,
     "BFloat16Storage": ml_dtypes.bfloat16, "LongStorage": np.int64, "IntStorage": np.int32, "ShortStorage": np.int16,
-    "CharStorage": np.int8, "ByteStorage": np.uint8, "BoolStorage": np.bool_,
-    "Float8_e4m3fnStorage": ml_dtypes.float8_e4m3fn, "Float8_e5m2Storage": ml_dtypes.float8_e5m2,
+    "CharStorage": np.int8, "ByteStorage": np.uint8, "BoolStorage": np.bool_, "UntypedStorage": np.uint8,
 }  # fmt: skip
 """torch's storage classes and what NumPy calls their entries."""
+
+UNTYPED = {
+    "float8_e4m3fn": ml_dtypes.float8_e4m3fn, "float8_e5m2": ml_dtypes.float8_e5m2, "uint16": np.uint16,
+    "uint32": np.uint32, "uint64": np.uint64,
+}  # fmt: skip
+"""Number types that have no storage class: their tensors lie in bytes, and name their type themselves."""
 
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 """How files of torch before 1.6 begin."""
@@ -58,6 +63,10 @@ class TensorRef:
     strides: tuple[int, ...]
     storage: str
 
+    def __setstate__(self, state: Any) -> None:
+        """Refuses to be changed by a pickle, which could put another file in the place of its own."""
+        raise ImporterError(f"{self.file}: damaged: it changes a tensor after making it")
+
     def read(self) -> np.ndarray:
         """The tensor, copied out of the file."""
         dtype = np.dtype(self.dtype)
@@ -66,14 +75,14 @@ class TensorRef:
         count = 1 + sum((n - 1) * s for n, s in zip(self.shape, self.strides, strict=True))
         flat = np.memmap(self.file, np.uint8, "r", self.offset + self.start * dtype.itemsize, (count * dtype.itemsize,))
         strides = tuple(s * dtype.itemsize for s in self.strides)
-        return np.lib.stride_tricks.as_strided(flat.view(dtype), self.shape, strides, writeable=False).copy()
+        return np.ndarray(self.shape, dtype, flat, 0, strides).copy()
 
 
 def read_index(path: Path, key: str | None = None) -> dict[str, TensorRef]:
     """The tensors of a file by name; reads their places only.
 
     Args:
-      path: a ``.pt``, ``.pth`` or ``.bin`` file.
+      path: a ``.pt``, ``.pth`` or ``.bin`` file, or a TorchScript archive (as OpenAI publishes CLIP).
       key: the entry (``a.b`` for nested ones) that holds the weights, where the file holds more than one dict of them.
 
     Raises:
@@ -81,9 +90,13 @@ def read_index(path: Path, key: str | None = None) -> dict[str, TensorRef]:
     """
     try:
         content = _read_zip(path) if zipfile.is_zipfile(path) else _read_legacy(path)
+    except ImporterError:
+        raise
     except OSError as error:
         raise ImporterError(f"{path}: {error.strerror or error}") from None
-    return _flat(_chosen(content, key, path), path)
+    except Exception as error:  # whatever a damaged archive runs into
+        raise ImporterError(f"{path}: damaged ({type(error).__name__}: {error})") from None
+    return _flat(content if isinstance(content, ScriptModule) else _chosen(content, key, path), path)
 
 
 def _read_zip(path: Path) -> Any:
@@ -92,14 +105,13 @@ def _read_zip(path: Path) -> Any:
         index = next((n for n in names if n.endswith("data.pkl")), None)
         if index is None:
             raise ImporterError(f"{path}: a zip file without data.pkl: not written by torch.save")
-        if any(n.split("/")[1:2] == ["constants.pkl"] for n in names):
-            raise ImporterError(f"{path}: a TorchScript archive holds code; save its state_dict() with torch.save")
         root = index.removesuffix("data.pkl")
         order = archive.read(f"{root}byteorder") if f"{root}byteorder" in names else b"little"
         if order != b"little":
             raise ImporterError(f"{path}: written on a big-endian machine; only little-endian files are read")
         places = {i.filename: i for i in archive.infolist()}
-        return _load(_TensorsOnly(io.BytesIO(archive.read(index)), path, root, places))
+        script = f"{root}constants.pkl" in names
+        return _load(_TensorsOnly(io.BytesIO(archive.read(index)), path, root, places, script))
 
 
 def _read_legacy(path: Path) -> Any:
@@ -151,12 +163,27 @@ def _load(reader: _TensorsOnly) -> Any:
         raise ImporterError(f"{reader.path}: {what}") from None
 
 
+class ScriptModule(dict):
+    """What stands in for a module of a TorchScript archive: its attributes by name; its code is never looked at."""
+
+    def __setstate__(self, state: Mapping[str, Any]):
+        """Takes the attributes."""
+        self.update(state)
+
+
 class _TensorsOnly(pickle.Unpickler):
     """An unpickler that knows how to rebuild tensors and nothing else."""
 
-    def __init__(self, file: Any, path: Path, root: str = "", places: Mapping[str, zipfile.ZipInfo] | None = None):
+    def __init__(
+        self,
+        file: Any,
+        path: Path,
+        root: str = "",
+        places: Mapping[str, zipfile.ZipInfo] | None = None,
+        script: bool = False,
+    ):
         super().__init__(file)
-        self.path, self.root, self.places = path, root, places
+        self.path, self.root, self.places, self.script = path, root, places, script
         self.storages: dict[str, Any] = {}
 
     def find_class(self, module: str, name: str) -> Any:
@@ -167,12 +194,20 @@ class _TensorsOnly(pickle.Unpickler):
             return {"_rebuild_tensor_v2": self._tensor, "_rebuild_parameter": lambda data, *_: data}[name]
         if module == "torch._utils" and name == "_rebuild_tensor":  # torch before 0.4
             return self._tensor
+        if module == "torch._utils" and name == "_rebuild_tensor_v3":
+            return self._untyped
+        if module == "torch" and name in UNTYPED:
+            return UNTYPED[name]
         if module in ("torch", "torch.storage") and name in STORAGES:
             return STORAGES[name]
         if module in ("torch", "torch.storage") and name.endswith("Storage"):
             raise ImporterError(f"{self.path}: holds numbers of the type {name}, which is not supported")
         if (module, name) == ("torch", "Size"):
             return tuple
+        if self.script and module.split(".")[0] == "__torch__":
+            return ScriptModule
+        if self.script and module == "torch.jit._pickle":
+            return lambda value, *_: value  # lists with a note of their type
         raise ImporterError(
             f"{self.path}: names {module}.{name}, and only plain tensors are read from a pickle (anything else may run "
             "code); save the state_dict() alone, best with safetensors"
@@ -181,7 +216,7 @@ class _TensorsOnly(pickle.Unpickler):
     def persistent_load(self, pid: Any) -> tuple:
         """(dtype, offset in the file, storage's name, entries) of a storage."""
         kind, dtype, key, _, entries, *view = pid
-        if kind != "storage" or any(view):
+        if kind != "storage" or any(view) or not any(dtype is known for known in STORAGES.values()):
             raise ImporterError(f"{self.path}: refers to something that is not a storage ({kind!r})")
         self.storages[key] = dtype
         if self.places is None:
@@ -203,7 +238,10 @@ class _TensorsOnly(pickle.Unpickler):
         if len(header) < 30 or header[:4] != b"PK\x03\x04":
             raise ImporterError(f"{self.path}: truncated or damaged at byte {info.header_offset}")
         name, extra = struct.unpack("<HH", header[26:30])
-        return info.header_offset + 30 + name + extra
+        offset = info.header_offset + 30 + name + extra
+        if offset + info.file_size > self.path.stat().st_size:
+            raise ImporterError(f"{self.path}: truncated or damaged at byte {info.header_offset}")
+        return offset
 
     def _tensor(self, storage: tuple, start: int, shape: tuple, strides: tuple, *_: Any) -> TensorRef:
         dtype, offset, key, entries = storage
@@ -211,6 +249,14 @@ class _TensorsOnly(pickle.Unpickler):
         if 0 not in shape and (start < 0 or any(s < 0 for s in strides) or last >= entries):
             raise ImporterError(f"{self.path}: damaged: a tensor reaches beyond its storage {key}")
         return TensorRef(self.path, offset, dtype, start, tuple(shape), tuple(strides), key)
+
+    def _untyped(self, storage: tuple, start: int, shape: tuple, strides: tuple, *rest: Any) -> TensorRef:
+        held, offset, key, entries = storage
+        kind = rest[2]
+        if not any(kind is known for known in UNTYPED.values()):
+            raise ImporterError(f"{self.path}: damaged: a tensor of the type {kind!r}")
+        size = entries * np.dtype(held).itemsize
+        return self._tensor((kind, offset, key, size // np.dtype(kind).itemsize), start, shape, strides)
 
 
 def _chosen(content: Any, key: str | None, path: Path) -> Mapping:

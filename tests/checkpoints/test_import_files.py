@@ -179,6 +179,14 @@ def test_torch_files_are_read_without_torch():
         assert refs["embed.weight"].storage == refs["head.weight"].storage != refs["row"].storage
 
 
+def test_the_weights_of_a_torchscript_archive_are_read_and_its_code_is_not():
+    refs = read_index(TORCH / "script.pt")
+    with np.load(TORCH / "script.npz") as expected:
+        assert set(refs) == set(expected.files)
+        for name, ref in refs.items():
+            np.testing.assert_array_equal(ref.read(), expected[name])
+
+
 def test_torch_is_never_imported():
     program = (
         "import sys\n"

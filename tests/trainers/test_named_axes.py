@@ -169,3 +169,66 @@ def test_multi_head_attention_is_projections_around_attention():
         dropped.apply(variables, x[1:], context[1:], keys=keys[1:]), one[1:], rtol=1e-5, atol=1e-6
     )
     np.testing.assert_allclose(dropped.apply(variables, x, context), np.stack(out), rtol=1e-4, atol=1e-5)
+
+
+def test_every_option_of_multi_head_attention_counts():
+    module = MultiHeadAttention(2, head_dim=5, scale=0.7, out_bias=False)
+    x = jax.random.normal(jax.random.key(0), (2, 4, 6))
+    variables = nn.meta.unbox(module.init(jax.random.key(1), x))
+    p = jax.tree.map(lambda a: np.asarray(a) + 0.1, variables["params"])
+    assert {n: v["kernel"].shape for n, v in p.items()} == {
+        "query": (6, 10), "key": (6, 10), "value": (6, 10), "out": (10, 6)
+    }  # fmt: skip
+    assert "bias" in p["query"] and "bias" not in p["out"]
+    real = np.arange(4) < np.array([4, 3])[:, None]
+    bias = np.asarray(jax.random.normal(jax.random.key(2), (1, 2, 4, 4)))
+    out = []
+    for b in range(2):
+        q, k, v = (np.asarray(x[b]) @ p[n]["kernel"] + p[n]["bias"] for n in ("query", "key", "value"))
+        seen = np.tril(np.ones((4, 4), bool)) & real[b]
+        heads = []
+        for h in range(2):
+            at = slice(5 * h, 5 * h + 5)
+            heads.append(jax.nn.softmax(np.where(seen, 0.7 * q[:, at] @ k[:, at].T + bias[0, h], -np.inf)) @ v[:, at])
+        out.append(np.concatenate(heads, -1) @ p["out"]["kernel"])
+    found = module.apply({"params": p}, x, mask=jnp.asarray(real)[:, None, None], bias=jnp.asarray(bias), causal=True)
+    np.testing.assert_allclose(found, np.stack(out), rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="num_heads = 4 does not divide the width 6; give head_dim"):
+        MultiHeadAttention(4).init(jax.random.key(0), x)
+
+
+def test_names_are_learned_without_their_collection_and_boxes_come_off():
+    place = Placement(Parallel(fsdp=2, tensor=2, fsdp_minimum=64))
+    boxed = Network().init(jax.random.key(0), jnp.zeros((1, 12)))
+    plain = place.name_axes(boxed)
+    assert all(isinstance(x, jax.Array) for x in flatten(plain).values())
+    assert place.names["attention/out/kernel"] == (HEADS, EMBED) and place.names["up/bias"] == (MLP,)
+    assert place.leaf_sharding("params/up/kernel", (16, 32)).spec == P("fsdp", "tensor")
+    assert place.leaf_sharding("optimizer/0/trace/up/kernel", (16, 32)).spec == P("fsdp", "tensor")
+    assert place.leaf_sharding("params/up/bias", (32,)).spec == P()  # too small to be worth it
+    assert place.leaf_sharding("params/up/kernel", (4, 16, 32)).spec == P(None, None, "fsdp")  # another array's name
+
+
+def test_an_axis_of_size_one_leaves_a_parameter_to_its_largest_axis():
+    place = Placement(Parallel(fsdp=8, fsdp_minimum=1))
+    place.names = {"body/kernel": (None, MLP)}
+    assert place.leaf_sharding("params/body/kernel", (16, 8)).spec == P("fsdp")
+
+
+def test_leaves_without_names_are_replicated():
+    from zoo.nn.norm import BatchNorm
+    from zoo.nn.partitioning import abstract_variables, shardings
+
+    class Both(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return BatchNorm(name="norm")(Dense(8, (EMBED, MLP), name="dense")(x))
+
+        def example_inputs(self, batch=1):
+            return {"x": jax.ShapeDtypeStruct((batch, 4), jnp.float32)}
+
+    found = shardings(abstract_variables(Both()), Placement(Parallel(fsdp=2, tensor=2)).mesh)
+    assert {p: s.spec for p, s in found.items()} == {
+        "batch_stats/norm/mean": P(), "batch_stats/norm/var": P(), "params/norm/scale": P(), "params/norm/bias": P(),
+        "params/dense/kernel": P("fsdp", "tensor"), "params/dense/bias": P("tensor"),
+    }  # fmt: skip

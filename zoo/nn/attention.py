@@ -98,7 +98,12 @@ class MultiHeadAttention(nn.Module):
           context: ``[B, S, width']`` whose keys and values are read; ``x`` itself by default.
           mask, bias, causal: see :func:`attention`.
           keys: one key per example for dropout; ``None`` outside training.
+
+        Raises:
+          ValueError: the heads do not divide the width, and no ``head_dim`` is given.
         """
+        if self.head_dim is None and x.shape[-1] % self.num_heads:
+            raise ValueError(f"num_heads = {self.num_heads} does not divide the width {x.shape[-1]}; give head_dim")
         width = self.head_dim or x.shape[-1] // self.num_heads
         context = x if context is None else context
         settings = {"dtype": self.dtype, "param_dtype": self.param_dtype, "kernel_init": self.kernel_init}

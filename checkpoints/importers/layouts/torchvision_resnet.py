@@ -21,6 +21,11 @@ def configure(config: Mapping[str, Any] | None, shapes: Shapes) -> ResNet:
     architecture = str((config or {}).get("architecture", "resnet"))
     if config and not architecture.removesuffix("d").removeprefix("resnet").isdigit():
         raise ImporterError(f"config architecture = {architecture!r} is not supported; only resnetN and resnetNd are")
+    said = {**(config or {}), **((config or {}).get("model_args") or {})}
+    for entry in sorted(set(said.get("model_args") or {}) - {"num_classes", "in_chans", "global_pool"}):
+        raise ImporterError(f"config model_args: {entry} = {said[entry]!r} is not supported; only its default is")
+    if said.get("global_pool") not in (None, "", "avg"):
+        raise ImporterError(f"config global_pool = {said['global_pool']!r} is not supported; only 'avg' is")
     if any(".se." in n or ".conv1_1x1." in n for n in shapes) or _groups(shapes):
         raise ImporterError("grouped or squeeze-and-excitation ResNets (ResNeXt, SE-ResNet) are not supported")
     stages = depth(shapes, "layer{i}.") - 1
@@ -69,7 +74,7 @@ def rules(module: ResNet) -> tuple[Rule, ...]:
 
 def preprocessing(config: Mapping[str, Any] | None, _: Mapping[str, Any] | None) -> Mapping[str, Any]:
     """A timm config says; torchvision's files say nothing, and its published weights share one recipe."""
-    said = (config or {}).get("pretrained_cfg", {})
+    said = (config or {}).get("pretrained_cfg") or {}
     size = tuple(said.get("input_size", (3, 224, 224))[1:])
     return {
         "size": size,

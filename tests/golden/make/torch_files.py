@@ -44,6 +44,13 @@ def main():
     torch.save({"w": torch.ones(2, dtype=torch.complex64)}, FOLDER / "complex.pt")
     torch.save(state, FOLDER / "legacy.pt", _use_new_zipfile_serialization=False)
     torch.save([torch.ones(2)], FOLDER / "list.pt")
+    network = torch.nn.Sequential(
+        torch.nn.Linear(3, 2), torch.nn.ModuleDict({"inner": torch.nn.BatchNorm1d(2)})["inner"]
+    )
+    network.register_buffer("resolution", torch.tensor(32))
+    network.sizes = [1, 2]
+    torch.jit.save(torch.jit.script(network), FOLDER / "script.pt")
+    np.savez_compressed(FOLDER / "script.npz", **{k: v.numpy() for k, v in network.state_dict().items()})
 
 
 if __name__ == "__main__":

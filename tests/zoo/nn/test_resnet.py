@@ -10,6 +10,7 @@ import pytest
 from flax import traverse_util
 
 from checkpoints.importers.engine import export_tensors, import_tensors
+from checkpoints.importers.layout import ImporterError
 from zoo.nn.heads import Pick
 from zoo.nn.norm import BatchNorm
 from zoo.nn.partitioning import abstract_variables, axis_names, shardings, unbox
@@ -167,3 +168,18 @@ def test_running_variance_is_unbiased_only_where_asked():
         _, mutated = norm.apply(variables, x, train=True, mutable=["batch_stats"])
         expected = 0.9 + 0.1 * np.var(np.asarray(x), axis=0, ddof=int(unbiased))
         np.testing.assert_allclose(mutated["batch_stats"]["var"], expected, rtol=1e-5)
+
+
+def test_networks_that_compute_something_else_are_refused():
+    square = golden_cases.load("resnet_torchvision_bottleneck").tensors
+    wide = square["conv1.weight"]
+    five = {**square, "conv1.weight": np.zeros((*wide.shape[:2], 5, 5), np.float32)}
+    with pytest.raises(ImporterError, match="a stem of kernel 5 is not supported"):
+        import_tensors(five, layout="torchvision-resnet")
+    second = square["layer1.0.conv2.weight"]
+    grouped = {**square, "layer1.0.conv2.weight": second[:, : second.shape[1] // 2]}
+    with pytest.raises(ImporterError, match="grouped or squeeze-and-excitation"):
+        import_tensors(grouped, layout="torchvision-resnet")
+    for config in ({"architecture": "resnetblur50"}, {"architecture": "resnext50_32x4d"}):
+        with pytest.raises(ImporterError, match="only resnetN and resnetNd are"):
+            import_tensors(square, config, layout="torchvision-resnet")
