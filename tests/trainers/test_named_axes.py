@@ -232,3 +232,39 @@ def test_leaves_without_names_are_replicated():
         "batch_stats/norm/mean": P(), "batch_stats/norm/var": P(), "params/norm/scale": P(), "params/norm/bias": P(),
         "params/dense/kernel": P("fsdp", "tensor"), "params/dense/bias": P("tensor"),
     }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("dtype", "shape", "biased", "capability", "used"),
+    [
+        (jnp.bfloat16, (2, 5, 2, 64), False, "9.0", "cudnn"),
+        (jnp.float16, (2, 4, 2, 128), True, "8.0", "cudnn"),
+        (jnp.bfloat16, (2, 5, 2, 64), True, "9.0", "xla"),  # no gradient at odd lengths
+        (jnp.float32, (2, 4, 2, 64), False, "9.0", "xla"),
+        (jnp.bfloat16, (2, 4, 2, 60), False, "9.0", "xla"),
+        (jnp.bfloat16, (2, 4, 2, 136), False, "9.0", "xla"),
+        (jnp.bfloat16, (2, 4, 2, 64), False, "7.5", "xla"),
+        (jnp.bfloat16, (2, 4, 2, 64), False, "gfx90a", "xla"),
+    ],
+)
+def test_the_fused_kernel_is_used_only_where_it_exists(monkeypatch, dtype, shape, biased, capability, used):
+    from zoo.nn.attention import attention
+
+    class Gpu:
+        compute_capability = capability
+
+    seen = []
+    real = jax.nn.dot_product_attention
+
+    def record(*args, implementation, **kwargs):
+        seen.append(implementation)
+        return real(*args, implementation="xla", **kwargs)
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", record)
+    x = jnp.ones(shape, dtype)
+    mask = jnp.ones((1, 1, 1, shape[1]), bool) if biased else None
+    attention(x, x, x, mask)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(jax, "devices", lambda: [Gpu()])
+    attention(x, x, x, mask)
+    assert seen == ["xla", used]

@@ -26,8 +26,8 @@ def attention(
 ) -> Float[Array, "b t n d"]:
     """Softmax attention (Vaswani et al., 2017, equation 1) by ``jax.nn.dot_product_attention``.
 
-    The softmax is float32.  Where the device has a fused kernel that takes these arguments (cuDNN: half precision, head
-    width a multiple of 8 up to 128), it is used; elsewhere XLA compiles the plain form.
+    The softmax is float32.  Where the device has a fused kernel that takes these arguments (cuDNN from Ampere on,
+    half precision, head width a multiple of 8 up to 128), it is used; elsewhere XLA compiles the plain form.
 
     Args:
       query, key, value: ``[B, T, heads, width]``; the heads of query are a multiple of those of key and value
@@ -39,13 +39,22 @@ def attention(
       scale: of the scores; ``1 / sqrt(width)`` by default.
       window: a query sees only the last ``window`` keys up to itself (sliding window; use with ``causal``).
     """
-    half = query.dtype in (jnp.bfloat16, jnp.float16)
-    fused = jax.default_backend() == "gpu" and half and query.shape[-1] <= 128 and query.shape[-1] % 8 == 0
     return jax.nn.dot_product_attention(
         query, key, value, bias=bias, mask=mask, is_causal=causal, scale=scale,
         local_window_size=None if window is None else (window - 1, 0),
-        implementation="cudnn" if fused else "xla",
+        implementation="cudnn" if _has_kernel(query, key, mask is not None or bias is not None) else "xla",
     )  # fmt: skip
+
+
+def _has_kernel(query: Array, key: Array, biased: bool) -> bool:
+    # cuDNN's own conditions; with a bias (a mask is one) and an odd length it has no gradient
+    if jax.default_backend() != "gpu" or query.dtype not in (jnp.bfloat16, jnp.float16):
+        return False
+    major = str(getattr(jax.devices()[0], "compute_capability", "")).partition(".")[0]
+    if not major.isdigit() or int(major) < 8:  # before Ampere, or no NVIDIA GPU
+        return False
+    even = query.shape[1] % 2 == 0 and key.shape[1] % 2 == 0
+    return query.shape[-1] <= 128 and query.shape[-1] % 8 == 0 and (even or not biased)
 
 
 def padding_to_mask(padding_mask: Bool[Array, "b s"] | None) -> Bool[Array, "b 1 1 s"] | None:
