@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -61,15 +62,26 @@ class Tokenizer:
             core.normalizer = normalizers.BertNormalizer(lowercase=True)
             core.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
             core.decoder = decoders.WordPiece()
-            trainer = trainers.WordPieceTrainer(vocab_size=vocab_size, special_tokens=names, show_progress=False)
-        else:
-            core = Core(models.BPE())
-            core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-            core.decoder = decoders.ByteLevel()
-            trainer = trainers.BpeTrainer(
-                vocab_size=vocab_size, special_tokens=names, show_progress=False,
-                initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-            )  # fmt: skip
+            # the library numbers the pieces ##x by the order of a hash map, which differs from process to process, and
+            # breaks ties by number: giving them numbers beforehand makes the vocabulary a function of the texts
+            letters = _letters(core, texts)
+            start = [*names, *letters, *(f"##{c}" for c in letters)]
+            trainer = trainers.WordPieceTrainer(
+                vocab_size=max(vocab_size, len(start)), special_tokens=start, show_progress=False
+            )
+            core.train_from_iterator(texts, trainer)
+            vocabulary = core.get_vocab()
+            fresh = Core(models.WordPiece(vocabulary, unk_token="[UNK]"))
+            fresh.normalizer, fresh.pre_tokenizer, fresh.decoder = core.normalizer, core.pre_tokenizer, core.decoder
+            fresh.add_special_tokens(names)
+            return cls.of(fresh)
+        core = Core(models.BPE())
+        core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        core.decoder = decoders.ByteLevel()
+        trainer = trainers.BpeTrainer(
+            vocab_size=vocab_size, special_tokens=names, show_progress=False,
+            initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        )  # fmt: skip
         core.train_from_iterator(texts, trainer)
         return cls.of(core)
 
@@ -172,3 +184,12 @@ class Tokenizer:
 
     def _batch(self, texts: Sequence[str]) -> list[list[int]]:
         return [e.ids for e in self.core.encode_batch(list(texts), add_special_tokens=False)]
+
+
+def _letters(core: Any, texts: Sequence[str], most: int = 1000) -> list[str]:
+    # the most frequent characters of the texts' words, as a tokenizer of the library sees them
+    counts: Counter[str] = Counter()
+    for text in texts:
+        for word, _ in core.pre_tokenizer.pre_tokenize_str(core.normalizer.normalize_str(text)):
+            counts.update(word)
+    return sorted(sorted(counts, key=lambda c: (-counts[c], c))[:most])

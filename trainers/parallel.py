@@ -73,7 +73,7 @@ class Placement:
         self.batch_rows = NamedSharding(self.mesh, P(None, None, ("data", "fsdp")))
         if self.pmapped:
             line = jax.make_mesh((count,), (PMAP_AXIS,), axis_types=(AxisType.Auto,), devices=self.devices)
-            self.stacked = NamedSharding(line, P(PMAP_AXIS))
+            self.stacked, self.everywhere = NamedSharding(line, P(PMAP_AXIS)), NamedSharding(line, P())
         self.shards = count // parallel.tensor
         self.axis_name = PMAP_AXIS if self.pmapped else None
         self.process = (jax.process_index(), jax.process_count())
@@ -184,7 +184,8 @@ class Placement:
             if np.ndim(artefacts.get(name)) < 1:
                 kind = "none" if name not in artefacts else "it is not an array"
                 raise ValueError(f"artefact {name!r} is to be sharded by rows, but {kind}; there are {list(artefacts)}")
-        placed = self.put_replicated({k: v for k, v in artefacts.items() if k not in sharded})
+        rest = {k: v for k, v in artefacts.items() if k not in sharded}
+        placed = jax.device_put(rest, self.everywhere) if self.pmapped and step else self.put_replicated(rest)
         return {**placed, **{k: self._put_rows(artefacts[k], step) for k in sharded}}
 
     def _put_rows(self, x, step: bool) -> Rows:

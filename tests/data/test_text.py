@@ -1,6 +1,10 @@
 """Tokenizers trained on the fly, BM25 against its formula, latent word vectors, and the synonym language."""
 
+import json
 import math
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -42,6 +46,21 @@ def test_written_and_read_again(tokenizer, tmp_path):
     again = Tokenizer.read(tmp_path / "tokenizer.json")
     np.testing.assert_array_equal(again.encode(TEXTS, 12), tokenizer.encode(TEXTS, 12))
     assert (again.pad, again.cls, again.sep) == (0, 2, 3)
+
+
+@pytest.mark.parametrize("kind", ["wordpiece", "byte"])
+def test_the_vocabulary_is_a_function_of_the_texts(kind):
+    texts = synonym_collection(0, 60, 5, 5).documents
+    train = (
+        "import sys, json; sys.path.insert(0, sys.argv[1]); from data.text import Tokenizer\n"
+        "from data.synonym_text import synonym_collection\n"
+        f"t = Tokenizer.train(synonym_collection(0, 60, 5, 5).documents, 400, {kind!r})\n"
+        "print(json.dumps(t.core.get_vocab(), sort_keys=True))"
+    )
+    root = str(Path(__file__).parents[2])
+    found = [subprocess.run([sys.executable, "-c", train, root], capture_output=True, text=True) for _ in range(3)]
+    own = json.dumps(Tokenizer.train(texts, 400, kind).core.get_vocab(), sort_keys=True)
+    assert all(f.stdout.strip() == own for f in found), found[0].stderr[-500:]
 
 
 def test_a_byte_tokenizer_knows_every_text():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -105,8 +106,11 @@ class Towers:
 
 
 def _apply(module: nn.Module, part: str) -> Encode:
+    accepted = inspect.signature(type(module).__call__).parameters
+
     def encode(params, inputs, keys=None):
-        return module.apply({"params": params[part]}, inputs, train=keys is not None, keys=keys)
+        offered = {"train": keys is not None, "keys": keys}
+        return module.apply({"params": params[part]}, inputs, **{k: v for k, v in offered.items() if k in accepted})
 
     return encode
 

@@ -15,6 +15,7 @@ encoder for ever, queries get ADORE's.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -219,18 +220,20 @@ def star(
             owner = jnp.repeat(jnp.arange(b), outputs["hard"].shape[1])
             hard_mask = pair_masks(batch["positives"], outputs["hard_id"].ravel(), asked, real[owner])
             columns.append(owner)
-        values, mask = star_pairs(outputs["query"], outputs["document"], hard, relevant, hard_mask, random_weight)
+        pairs_of = functools.partial(star_pairs, outputs["query"], outputs["document"], hard, relevant, hard_mask)
+        plain, mask = pairs_of()
+        values = plain if random_weight is None else pairs_of(random_weight)[0]
         grids = [jnp.stack(jnp.meshgrid(jnp.arange(b), c, indexing="ij"), -1).reshape(-1, 2) for c in columns]
         pairs = elements(values, jnp.concatenate(grids).astype(jnp.int32), mask, "pair")
-        return Loss(pairs, metrics={"wrong_order": _wrong(values, mask)})
+        return Loss(pairs, metrics={"wrong_order": _wrong(plain, mask)})
 
     provides = ("query", "document", "positives", "index")
     return Objective(init, forward, loss, "pair", provides, gathers=("positives",), name=name)
 
 
 def _wrong(values: Array, mask: Array) -> Array:
-    # a softplus above log 2 is a pair in the wrong order
-    return jnp.sum(mask & (values > jnp.log(2.0))) / jnp.maximum(jnp.sum(mask), 1)
+    # a softplus above log 2 is a pair in the wrong order; equal scores are not
+    return jnp.sum(mask & (values > jnp.log(2.0) + 1e-6)) / jnp.maximum(jnp.sum(mask), 1)
 
 
 # --- ADORE (paper, section 4.3) ---------------------------------------------------------------------------------------

@@ -67,15 +67,15 @@ class Recipe(base.Recipe):
     """tokens of a query, special ones included"""
     document_length: int = 256
     """tokens of a document, special ones included"""
-    optimizer: Optimizer = Optimizer(learning_rate=3e-4, schedule="linear", warmup_steps=20)
+    optimizer: Optimizer = Optimizer(learning_rate=2e-3, schedule="linear", warmup_steps=20)
     """optimiser of warm-up and STAR"""
-    adore_optimizer: Optimizer = Optimizer(learning_rate=1e-4, schedule="linear", warmup_steps=20)
+    adore_optimizer: Optimizer = Optimizer(learning_rate=1e-3, schedule="linear", warmup_steps=20)
     """optimiser of ADORE"""
-    warmup_steps: int = 200
+    warmup_steps: int = 400
     """steps against random negatives before mining"""
-    star_steps: int = 200
+    star_steps: int = 400
     """steps of STAR"""
-    adore_steps: int = 200
+    adore_steps: int = 400
     """steps of ADORE; 0 stops after STAR"""
     batch_size: int = 32
     """queries per step"""
@@ -244,7 +244,10 @@ class Recipe(base.Recipe):
 
             def loaded(params):
                 own = params["encoder"]["body"]
-                known = jax.tree.map(lambda _, w: jnp.asarray(w), own, {k: weights[k] for k in own})
+                # the weights take the places of the fresh ones, inside the boxes that name their axes
+                known = jax.tree.unflatten(jax.tree.structure(own), jax.tree.leaves({k: weights[k] for k in own}))
+                if jax.tree.map(jnp.shape, known) != jax.tree.map(jnp.shape, own):
+                    raise UserError(f"--backbone {self.backbone}: its weights do not fit its configuration")
                 return {"encoder": {**params["encoder"], "body": known}}
 
             return DenseRetriever(body, None, "first", pad_id=pad, dtype=dtype), loaded
