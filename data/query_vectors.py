@@ -1,4 +1,4 @@
-"""Generated queries over fixed document vectors, for retrievers that train a query encoder only."""
+"""Generated query vectors: bent images of documents, and clusters of queries that all ask in one way."""
 
 from __future__ import annotations
 
@@ -39,5 +39,39 @@ def warped_queries(
             "documents": {"vector": vectors.astype(np.float32)},
             "train": {k: v[:train] for k, v in rows.items()},
             "test": {k: v[train:] for k, v in rows.items()},
+        },
+    )
+
+
+def clustered_queries(
+    seed: int = 0, queries: int = 3000, clusters: int = 5, d: int = 24, hidden: int = 32, noise: float = 0.1
+) -> Dataset:
+    """Queries in clusters, whose one document is the same smooth function of the query in all of them.
+
+    Clusters have centres ``1.2 e`` and unit variance; the document of a query is ``normalise(tanh(x A) B + noise e)``
+    with fixed A and B, so what is learnt in some clusters could hold in the others (retrieval_extrapolation brief).
+
+    Returns:
+      Splits ``queries`` (``query`` f32 ``[Q, d]``, ``cluster`` int32 ``[Q]``; query i's document is row i) and
+      ``documents`` (``vector`` f32 ``[Q, d]``).
+
+    Raises:
+      DataError: sizes below 1.
+    """
+    if min(queries, clusters, d, hidden) < 1:
+        raise DataError(f"sizes must be at least 1; got {queries}, {clusters}, {d} and {hidden}")
+    rng = np.random.default_rng(seed)
+    centres = 1.2 * rng.normal(size=(clusters, d))
+    cluster = rng.integers(0, clusters, queries)
+    x = centres[cluster] + rng.normal(size=(queries, d))
+    a, b = rng.normal(size=(d, hidden)) / np.sqrt(d), rng.normal(size=(hidden, d)) / np.sqrt(hidden)
+    target = np.tanh(x @ a) @ b
+    vectors = target / np.linalg.norm(target, axis=1, keepdims=True) + noise * rng.normal(size=target.shape)
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    return Dataset(
+        "clustered queries",
+        {
+            "queries": {"query": x.astype(np.float32), "cluster": cluster.astype(np.int32)},
+            "documents": {"vector": vectors.astype(np.float32)},
         },
     )

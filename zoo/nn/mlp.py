@@ -12,14 +12,15 @@ from zoo.nn.norm import BatchNorm
 
 
 class MLP(nn.Module):
-    """Dense layers with ReLU between them; inputs of any shape are flattened.
+    """Dense layers with ReLU (or tanh) between them; inputs of any shape are flattened.
 
     Attributes:
       hidden: sizes of the hidden layers.
       features: size of the result.
-      normalise: batch normalisation before each ReLU.
+      normalise: batch normalisation before each activation.
       dtype: of the computation.
       axis_name: see :class:`zoo.nn.norm.BatchNorm`.
+      activation: ``relu`` or ``tanh``.
     """
 
     hidden: tuple[int, ...] = (128,)
@@ -27,6 +28,7 @@ class MLP(nn.Module):
     normalise: bool = False
     dtype: Any = jnp.float32
     axis_name: str | None = None
+    activation: str = "relu"
 
     @nn.compact
     def __call__(
@@ -38,5 +40,5 @@ class MLP(nn.Module):
             h = nn.Dense(width, dtype=self.dtype, name=f"hidden{i}")(h)
             if self.normalise:
                 h = BatchNorm(dtype=self.dtype, axis_name=self.axis_name, name=f"norm{i}")(h, train, mask)
-            h = nn.relu(h)
+            h = {"relu": nn.relu, "tanh": nn.tanh}[self.activation](h)
         return nn.Dense(self.features, dtype=self.dtype, name="out")(h)

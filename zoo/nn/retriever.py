@@ -120,7 +120,7 @@ def shared_towers(module: nn.Module) -> Towers:
     encode = _apply(module, "encoder")
 
     def init(rng, queries, documents):
-        return {"encoder": module.init(rng, queries)["params"]}
+        return {"encoder": module.init(rng, jnp.asarray(queries))["params"]}
 
     return Towers(init, encode, encode)
 
@@ -130,7 +130,10 @@ def two_towers(query: nn.Module, document: nn.Module) -> Towers:
 
     def init(rng, queries, documents):
         a, b = jax.random.split(rng)
-        return {"query": query.init(a, queries)["params"], "document": document.init(b, documents)["params"]}
+        return {
+            "query": query.init(a, jnp.asarray(queries))["params"],
+            "document": document.init(b, jnp.asarray(documents))["params"],
+        }
 
     return Towers(init, _apply(query, "query"), _apply(document, "document"))
 
@@ -139,6 +142,6 @@ def query_tower(module: nn.Module) -> Towers:
     """An encoder of queries, under ``encoder``, for documents that are vectors already (cached, or another model's)."""
 
     def init(rng, queries, documents):
-        return {"encoder": module.init(rng, queries)["params"]}
+        return {"encoder": module.init(rng, jnp.asarray(queries))["params"]}
 
     return Towers(init, _apply(module, "encoder"), lambda params, inputs, keys=None: inputs)

@@ -10,6 +10,7 @@ from flax import struct
 from jaxtyping import Array, Bool, Float, Int, Key, UInt
 
 from zoo.ops.blocks import in_blocks
+from zoo.ops.prototypes import l2_normalize
 
 AnyKey = Key[Array, ""] | UInt[Array, "2"]
 
@@ -53,6 +54,7 @@ def kmeans(
     mask: Bool[Array, "n"] | None = None,
     start: str = "++",
     chunk: int = 4096,
+    spherical: bool = False,
 ) -> Clusters:
     """Lloyd's algorithm.
 
@@ -69,6 +71,8 @@ def kmeans(
       mask: points that count; all by default.  At least one must.
       start: ``"++"`` or ``"random"``.
       chunk: points assigned at a time.
+      spherical: cluster directions (Dhillon and Modha 2001): points and centroids are scaled to unit length, so that
+        the nearest centroid is the one of largest cosine; inertia is the sum of ``2 - 2 cos``.
 
     Raises:
       ValueError: k or iterations out of range, no points, or an unknown start.
@@ -83,12 +87,14 @@ def kmeans(
     valid = jnp.ones(n, bool) if mask is None else mask
     weight = valid.astype(jnp.float32)
     x = jnp.where(valid[:, None], x, 0.0).astype(jnp.float32)
+    x = l2_normalize(x) if spherical else x
     centroids = (_plus_plus if start == "++" else _random)(key, x, valid, k)
 
     def lloyd(_, centroids):
         mine = assign(x, centroids, chunk)
         counts = jax.ops.segment_sum(weight, mine, k)
         means = jax.ops.segment_sum(x * weight[:, None], mine, k) / jnp.maximum(counts, 1.0)[:, None]
+        means = l2_normalize(means) if spherical else means
         far = jnp.where(valid, jnp.sum(jnp.square(x - centroids[mine]), -1), -1.0)
         # the i-th empty cluster takes the i-th farthest point, as long as there are points
         farthest = jax.lax.top_k(far, min(k, n))[1]
