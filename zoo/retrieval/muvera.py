@@ -28,6 +28,7 @@ from zoo.catalogue import Card, Claim
 from zoo.ops.blocks import in_blocks
 from zoo.ops.chamfer import chamfer, check_tokens
 from zoo.ops.fingerprint import check_same_fit, fingerprint
+from zoo.ops.plain_arrays import to_arrays
 from zoo.ops.quantisation import pq_adc_scores, pq_decode, pq_encode, pq_train
 from zoo.ops.search import Found, Ranking, check_stages, mips_topk, rerank, scored_topk
 
@@ -381,20 +382,6 @@ def muvera_search(
 def check_fingerprint(index: MuveraIndex, params: FDEParams) -> None:
     """Raises ValueError unless the index was built with these ``params`` (on the host)."""
     check_same_fit(index.fingerprint, fingerprint(params), "FDEParams")
-
-
-def to_arrays(tree: FDEParams | MuveraIndex) -> dict[str, Any]:
-    """Params or an index as nested dicts of arrays, for checkpoints; bf16 encodings as their bits (uint16)."""
-    found = {}
-    for field in dataclasses.fields(tree):
-        value = getattr(tree, field.name)
-        if isinstance(value, FDEParams):
-            found[field.name] = to_arrays(value)
-        elif field.name == "fdes" and value is not None and value.dtype == jnp.bfloat16:
-            found["fdes_bits"] = jax.lax.bitcast_convert_type(value, jnp.uint16)
-        elif value is not None and not isinstance(value, int):
-            found[field.name] = value
-    return found
 
 
 def params_from_arrays(config: FDEConfig, arrays: Any) -> FDEParams:
