@@ -198,7 +198,7 @@ class RowQueries:
     constant: Any
 
 
-def prepare_queries(queries: Float[Array, "q d"], mean: Float[Array, "d"], metric: Metric = "ip") -> RowQueries:
+def prepare_queries(queries: Float[Array, "q Dq"], mean: Float[Array, "d"], metric: str = "ip") -> RowQueries:
     """What :func:`row_scores` needs of the queries, computed once.
 
     Raises:

@@ -232,7 +232,7 @@ def eigen_search(
 
 def fit_maps(
     vectors: Float[Array, "n D"],
-    queries: Float[Array, "m D"] | None,
+    queries: Float[Array, "m Dq"] | None,
     d: int,
     method: str = "frank_wolfe",
     steps: int = 500,
@@ -304,7 +304,7 @@ def build_index(
     vectors: Float[Array, "n D"],
     primary: str = "lvq8",
     secondary: str = "lvq8",
-    metric: Metric = "ip",
+    metric: str = "ip",
     block: int = 4096,
 ) -> LeanVecIndex:
     """Projects and encodes the vectors, ``block`` of them at a time.

@@ -295,13 +295,15 @@ def _figures(result, workdir: Path) -> None:
     axis = axes[0, 0]
     colours = {"pca": "black", "frank_wolfe": "#b04030", "eigen": "#3060a0", "eigen_frank_wolfe": "#608030"}
     for name, curve in sorted(zip(names, curves, strict=True), key=lambda row: -row[1][9:].mean()):
-        style = "--" if name == "pca" else "-"
-        axis.plot(np.arange(1, len(curve) + 1), curve, style, color=colours[name], label=name.replace("_", " "))
+        style, missed = "--" if name == "pca" else "-", 1 - curve[9:]
+        label = f"{name.replace('_', ' ')} ({curve[9]:.3f} at 10)"
+        axis.plot(np.arange(10, len(curve) + 1), np.maximum(missed, 1e-5), style, color=colours[name], label=label)
     axis.set_xscale("log")
+    axis.set_yscale("log")
     axis.set_xlabel("candidates")
-    axis.set_ylabel("true nearest among them")
+    axis.set_ylabel("true nearest not among them")
     axis.legend(fontsize=8)
-    axis.set_title("recall of the primary search", fontsize=9)
+    axis.set_title("what the primary search misses", fontsize=9)
     axis.grid(alpha=0.25)
     if trace is not None:
         axis = axes[0, 1]
