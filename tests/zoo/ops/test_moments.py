@@ -69,9 +69,9 @@ def test_lines_are_searched_in_the_right_valley():
         edge = grid_then_golden(lambda x, low=low: x if low else -x, 0.0, 1.0, 5, 8)
         np.testing.assert_allclose(edge[0], 0 if low else 1, atol=1e-6)
     with pytest.raises(ValueError, match="points must be at least 2 and sections at least 0; got 1 and 3"):
-        grid_then_golden(kink, 0, 1, 1, 3)
+        grid_then_golden(kink, 0.0, 1.0, 1, 3)
     with pytest.raises(ValueError, match="got 2 and -1"):
-        grid_then_golden(kink, 0, 1, 2, -1)
+        grid_then_golden(kink, 0.0, 1.0, 2, -1)
 
 
 @struct.dataclass

@@ -20,7 +20,7 @@ X, Q = jnp.asarray(GOLDEN["X"]), jnp.asarray(GOLDEN["Q"])
 K_X, K_Q = leanvec.moment(X), leanvec.moment(Q)
 D, d = 12, 4
 A, B = (jnp.asarray(GOLDEN[k], jnp.float32) for k in "AB")
-learn = jax.jit(leanvec.frank_wolfe, static_argnums=(2, 3))
+learn = jax.jit(leanvec.frank_wolfe, static_argnums=(2, 3, 4, 5))
 
 
 def full_loss(a, b, queries=GOLDEN["Q"], vectors=GOLDEN["X"]):
@@ -99,10 +99,10 @@ def test_released_learner_gives_the_same_maps(case):
     found = learn(K_Q, K_X, d, steps, 0.999, tol)
     losses = GOLDEN[f"loss_{case}"] / ENERGY
     assert int(found.steps) == len(losses) == {"five": 5, "stopped": 60}[case]
-    np.testing.assert_allclose(found.losses[: len(losses)], losses, rtol=1e-3, atol=1e-5)
+    np.testing.assert_allclose(found.losses[: len(losses)], losses, rtol=1e-4)
     assert np.isnan(np.asarray(found.losses[len(losses) :])).all()
     # 60 float32 steps against 60 float64 ones
-    loose = 1e-4 if case == "five" else 2e-3
+    loose = 1e-5 if case == "five" else 1e-4
     np.testing.assert_allclose(found.query, GOLDEN[f"A_{case}"], atol=loose)
     np.testing.assert_allclose(found.data, GOLDEN[f"B_{case}"], atol=loose)
 
@@ -255,20 +255,27 @@ def test_re_ranking_everything_is_exact_search():
 
 @pytest.mark.parametrize("rows", [80, 77])
 def test_search_on_eight_devices_finds_the_same(rows):
-    # every vector twice over: all scores tie in pairs
-    base = jnp.concatenate([BASE[: rows // 2], BASE[: rows - rows // 2]])
-    index = build(MAPS, base, "lvq8", "lvq4x8", "ip", 4096)
+    # small integers: scores are exact, and tie often
+    rng = np.random.default_rng(2)
+    whole = lambda *s: jnp.asarray(rng.integers(-1, 2, s), jnp.float32)  # noqa: E731
+    maps, base, asked = ProjectionMaps(whole(D, d), whole(D, d), jnp.zeros(D)), whole(rows, D), whole(5, D)
+    ties = build(maps, base, "float32", "float32", "ip", 4096)
+    ties = ties.replace(
+        primary=base @ maps.data, primary_mean=jnp.zeros(d), secondary=base, secondary_mean=jnp.zeros(D)
+    )
     mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
-    if rows % 8 == 0:
-        spread = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
-        put = lambda t: jax.tree.map(lambda x: jax.device_put(x, spread), t)  # noqa: E731
-        index = index.replace(primary=put(index.primary), secondary=put(index.secondary))
     run = jax.jit(lambda i, q: leanvec.leanvec_search(i, q, 6, 14, 7, mesh=mesh))
-    one, eight = find(index, ASKED, 6, 14, 4096), run(index, ASKED)
-    np.testing.assert_array_equal(eight.ids, one.ids)
-    np.testing.assert_allclose(eight.scores, one.scores, rtol=1e-6)
-    np.testing.assert_array_equal(eight.scorer_calls, 14)
-    text = run.lower(index, ASKED).compile().as_text()
+    for index, queries in ((ties, asked), (build(PCA, BASE[:rows], "lvq8", "lvq4x8", "l2", 4096), ASKED)):
+        if rows % 8 == 0:
+            spread = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
+            put = lambda t, spread=spread: jax.tree.map(lambda x: jax.device_put(x, spread), t)  # noqa: E731
+            index = index.replace(primary=put(index.primary), secondary=put(index.secondary))
+        one, eight = find(index, queries, 6, 14, 4096), run(index, queries)
+        np.testing.assert_array_equal(eight.ids, one.ids)
+        np.testing.assert_allclose(eight.scores, one.scores, rtol=1e-5)
+        np.testing.assert_array_equal(eight.scorer_calls, 14)
+    assert (np.diff(np.asarray(find(ties, asked, 6, 14, 4096).scores), axis=1) == 0).any()
+    text = run.lower(index, queries).compile().as_text()
     gathered = [line for line in text.splitlines() if "all-gather(" in line]
     assert gathered and all(f"[{rows}," not in line and "u8[" not in line for line in gathered)
 
@@ -339,7 +346,7 @@ def test_shifted_queries_need_maps_that_saw_queries(standin):
     assert learned[:, 0].mean() < 0.8 * pca[:, 0].mean()
     assert (learned[:, 2] > pca[:, 2]).all() and min(learned[:, 3].min(), pca[:, 3].min()) >= 0.98
     # the brief's own measurements
-    assert ((0.74 < pca[:, 1]) & (pca[:, 1] < 0.79)).all() and ((0.03 < pca[:, 0]) & (pca[:, 0] < 0.037)).all()
+    assert ((pca[:, 1] > 0.74) & (pca[:, 1] < 0.79)).all() and ((pca[:, 0] > 0.03) & (pca[:, 0] < 0.037)).all()
 
 
 def test_queries_like_the_data_need_none(standin):
