@@ -96,15 +96,19 @@ def by_hand(steps, tol=0.0, exponent=0.999, start=None):
 @pytest.mark.parametrize("case", ["five", "stopped"])
 def test_released_learner_gives_the_same_maps(case):
     steps, tol = {"five": (5, 0.0), "stopped": (500, 1e-3)}[case]
-    found = learn(K_Q, K_X, d, steps, 0.999, tol)
     losses = GOLDEN[f"loss_{case}"] / ENERGY
-    assert int(found.steps) == len(losses) == {"five": 5, "stopped": 60}[case]
-    np.testing.assert_allclose(found.losses[: len(losses)], losses, rtol=1e-4)
-    assert np.isnan(np.asarray(found.losses[len(losses) :])).all()
-    # 60 float32 steps against 60 float64 ones
+    assert len(losses) == {"five": 5, "stopped": 60}[case]
+    # equal steps: 60 in float32 against 60 in float64
+    found = learn(K_Q, K_X, d, len(losses), 0.999, 0.0)
+    np.testing.assert_allclose(found.losses, losses, rtol=1e-4)
     loose = 1e-5 if case == "five" else 1e-4
     np.testing.assert_allclose(found.query, GOLDEN[f"A_{case}"], atol=loose)
     np.testing.assert_allclose(found.data, GOLDEN[f"B_{case}"], atol=loose)
+    # the stop test compares losses 3e-5 apart: float32 may need a step more or less
+    found = learn(K_Q, K_X, d, steps, 0.999, tol)
+    taken = int(found.steps)
+    assert abs(taken - len(losses)) <= (case == "stopped")
+    assert np.isfinite(found.losses[:taken]).all() and np.isnan(found.losses[taken:]).all()
 
 
 def test_in_float64_the_released_maps_are_met_to_the_last_step():
@@ -119,7 +123,7 @@ def test_in_float64_the_released_maps_are_met_to_the_last_step():
 
 @pytest.mark.parametrize("started", [False, True])
 def test_frank_wolfe_equals_its_definition(started):
-    start = leading_directions(K_X, d) if started else None
+    start = leading_directions(K_X / 80 + K_Q / 40, d) if started else None
     a, b, values = by_hand(6, exponent=0.7, start=start)
     found = learn(K_Q, K_X, d, 6, 0.7, 0.0, start)
     np.testing.assert_allclose(found.query, a, atol=2e-4)
@@ -132,6 +136,17 @@ def test_frank_wolfe_equals_its_definition(started):
         one = learn(K_Q, K_X, d, 1, 0.7, 0.0)
         np.testing.assert_allclose(one.query, np.eye(D, d), atol=1e-6)
         np.testing.assert_allclose(one.data, leanvec.polar((K_X @ K_Q)[:, :d] / 1e4), atol=1e-3)
+
+
+def test_a_map_whose_gradient_is_zero_stays():
+    # at eigenvectors of K_X the loss is flat in A: a step would follow rounding errors alone
+    start = leading_directions(K_X, d)
+    gradient = leanvec.loss_gradients(K_Q, K_X, start, start)
+    assert np.linalg.norm(gradient[0]) < 1e-4 * np.linalg.norm(gradient[1])
+    one = learn(K_Q, K_X, d, 1, 0.999, 0.0, start)
+    np.testing.assert_allclose(one.query, start, atol=1e-6)
+    rate = 0.5**0.999
+    np.testing.assert_allclose(one.data, (1 - rate) * start + rate * leanvec.polar(-gradient[1]), atol=1e-3)
 
 
 def test_moments_of_another_scale_learn_the_same():
