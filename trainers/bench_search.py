@@ -63,34 +63,37 @@ def search_case(
     return {"x": x, "asked": asked, "truth": truth, "index": index, "maps": maps, "width": w, "recall": found}
 
 
-def faiss_baselines(
-    x: np.ndarray, asked: np.ndarray, truth: np.ndarray, batch: int, parts: int
-) -> tuple[dict[str, Callable], str]:
+def faiss_searches(
+    x: np.ndarray, asked: np.ndarray, truth: np.ndarray, parts: int
+) -> tuple[dict[str, Callable[[np.ndarray], Any]], str]:
     """faiss's exact search, inverted lists, and those with product quantisation and re-ranking, at the target recall.
 
+    Args:
+      x, asked, truth: vectors, queries to reach the target on, and their true ten.
+      parts: bytes of a product-quantised vector, at most; the largest number not above it that divides D is taken.
+
     Returns:
-      Functions of the benchmark's arguments, and a note of settings and recalls; nothing without faiss.
+      Functions of queries, and a note of settings and recalls; without faiss none, and a note that says so.
     """
     try:
         search_backends.faiss_library()
     except UserError as error:
         return {}, str(error)
-    lists = 256
+    lists, parts = min(256, len(x) // 40), max(p for p in range(1, parts + 1) if x.shape[1] % p == 0)
     flat, ivf = search_backends.faiss_index(x, "flat"), search_backends.faiss_index(x, "ivf", lists)
     pq = search_backends.faiss_index(x, "ivfpq", lists, parts)
     probes, ivf_recall = least(PROBES, lambda p: ivf(asked, 10, None, p)[1], truth)
     grid = [(refine, p) for refine in (5, 20) for p in PROBES]
     at, pq_recall = least(tuple(range(len(grid))), lambda i: pq(asked, 10, None, grid[i][1], grid[i][0])[1], truth)
     refine, pq_probes = grid[at]
-    few = asked[:batch]
     note = (
         f"faiss ivf {lists} lists, {probes} probes: recall {ivf_recall:.3f}; ivfpq {parts} bytes, {pq_probes} probes, "
         f"{10 * refine} re-ranked: recall {pq_recall:.3f}"
     )
     return {
-        "faiss_flat": lambda *_: flat(few, 10),
-        "faiss_ivf": lambda *_: ivf(few, 10, None, probes),
-        "faiss_ivfpq": lambda *_: pq(few, 10, None, pq_probes, refine),
+        "faiss_flat": lambda few: flat(few, 10),
+        "faiss_ivf": lambda few: ivf(few, 10, None, probes),
+        "faiss_ivfpq": lambda few: pq(few, 10, None, pq_probes, refine),
     }, note
 
 
@@ -102,14 +105,14 @@ def search_benchmarks(
     x, index, width = case["x"], case["index"], case["width"]
     host, asked = np.asarray(x), np.asarray(case["asked"])
     exact = jax.jit(mips_topk, static_argnums=2)
+    others, note = faiss_searches(host, asked, case["truth"], dim // 2)
     rows = []
     for batch in batches:
-        others, note = faiss_baselines(host, asked, case["truth"], batch, dim // 2)
         queries, few = jnp.asarray(asked[:batch]), asked[:batch]
         baselines: Mapping[str, Callable] = {
             "mips_topk": lambda index, queries: exact(queries, x, 10),
             "numpy_argpartition": lambda index, queries, few=few: search_backends.numpy_flat(few, host, 10),
-            **others,
+            **{name: lambda index, queries, few=few, find=find: find(few) for name, find in others.items()},
         }
         primary, secondary = bytes_per_row(index.primary), bytes_per_row(index.secondary)
         rows.append(

@@ -116,6 +116,9 @@ def test_constant_vectors_and_shifts():
     np.testing.assert_array_equal(moved.codes, one.codes)
     np.testing.assert_array_equal([two.scale, two.bias], [2 * one.scale, 2 * one.bias])
     np.testing.assert_array_equal([moved.scale, moved.bias], [one.scale, one.bias + 4])
+    # halves go away from zero
+    halves = jnp.asarray([[0.0, 255.0, 0.5, 1.5, 2.5]], jnp.float32)
+    np.testing.assert_array_equal(encode(halves, None, 8, 0).codes, [[0, 255, 1, 2, 3]])
     # a minimum that float16 rounds up leaves entries below it: they are clipped, not wrapped round
     low = jnp.asarray([[1.0004, 1.0 + 20, 3.0]], jnp.float32)
     assert float(np.float16(1.0004)) < 1.0004 or int(encode(low, None, 8, 0).codes[0, 0]) == 0
