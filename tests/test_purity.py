@@ -18,7 +18,7 @@ ROOMS = {
     "checkpoints": {"checkpoints", "zoo", "jax", "flax", "numpy", "orbax", "etils", "jaxtyping", "tensorstore",
                     "ml_dtypes", "safetensors", "tokenizers", "huggingface_hub", "PIL"},
     "trainers": {"trainers", "zoo", "data", "checkpoints", "jax", "flax", "optax", "numpy", "tyro", "tqdm",
-                 "tensorboardX", "matplotlib", "sklearn", "jaxtyping", "orbax"},
+                 "tensorboardX", "matplotlib", "sklearn", "jaxtyping", "orbax", "faiss"},
 }  # fmt: skip
 NOT_IN_ZOO = {
     "os", "pathlib", "io", "time", "logging", "socket", "subprocess", "tempfile", "random", "shutil", "sys", "json",

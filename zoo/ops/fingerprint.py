@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, PyTree, UInt
 
 
@@ -22,6 +23,26 @@ def fingerprint(tree: PyTree) -> UInt[Array, "2"]:
         sums = jnp.stack([jnp.sum(mixed, dtype=jnp.uint32), jnp.sum(_mix(mixed + 1), dtype=jnp.uint32)])
         total = _mix(total + sums)
     return total
+
+
+def check_same_fit(index: PyTree, queries: PyTree, what: str) -> None:
+    """Refuses two halves of one search that come from different fits; on the host.
+
+    Args:
+      index: the fingerprint (uint32 ``[2]``) that the index keeps of what it was made with.
+      queries: the fingerprint of what the queries are made with.
+      what: the thing that differs, as the message names it (``"FDEParams"``).
+
+    Raises:
+      ValueError: the fingerprints differ; both are named.
+    """
+    was, now = np.asarray(index), np.asarray(queries)
+    if not np.array_equal(was, now):
+        name = lambda x: "".join(f"{int(v):08x}" for v in x)  # noqa: E731
+        raise ValueError(
+            f"queries and documents are encoded with different {what} (index {name(was)}, queries {name(now)}); "
+            "encode both with the params the index was built with"
+        )
 
 
 def _words(flat: Array) -> Array:

@@ -21,16 +21,16 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import struct
 from jaxtyping import Array, Bool, Float, Key, UInt
 
 from zoo.catalogue import Card, Claim
 from zoo.ops.blocks import in_blocks
 from zoo.ops.chamfer import chamfer, check_tokens
-from zoo.ops.fingerprint import fingerprint
+from zoo.ops.fingerprint import check_same_fit, fingerprint
+from zoo.ops.plain_arrays import to_arrays
 from zoo.ops.quantisation import pq_adc_scores, pq_decode, pq_encode, pq_train
-from zoo.ops.search import Found, Ranking, check_stages, chunked_topk, mips_topk, rerank
+from zoo.ops.search import Found, Ranking, check_stages, mips_topk, rerank, scored_topk
 
 __all__ = [
     "FDEConfig", "FDEParams", "MuveraIndex", "ball_carve", "build_index", "candidates", "chamfer", "check_fingerprint",
@@ -337,11 +337,8 @@ def candidates(index: MuveraIndex, query_fdes: Float[Array, "q D"], k: int, chun
     """The first stage: the k documents whose encodings have the largest products with the queries'."""
     if index.codes is None:
         return mips_topk(query_fdes, index.fdes, k, chunk)
-    n = index.codes.shape[0]
-    size = min(chunk, n)
-    take = lambda start: jax.lax.dynamic_slice_in_dim(index.codes, start, size)  # noqa: E731
-    score = lambda start: pq_adc_scores(index.codebooks, query_fdes, take(start))  # noqa: E731
-    return chunked_topk(score, query_fdes.shape[0], n, k, size)
+    score = lambda q, codes: pq_adc_scores(index.codebooks, q, codes)  # noqa: E731
+    return scored_topk(query_fdes, index.codes, score, k, chunk)
 
 
 def muvera_search(
@@ -384,27 +381,7 @@ def muvera_search(
 
 def check_fingerprint(index: MuveraIndex, params: FDEParams) -> None:
     """Raises ValueError unless the index was built with these ``params`` (on the host)."""
-    was, now = np.asarray(index.fingerprint), np.asarray(fingerprint(params))
-    if not np.array_equal(was, now):
-        name = lambda x: "".join(f"{int(v):08x}" for v in x)  # noqa: E731
-        raise ValueError(
-            f"queries and documents are encoded with different FDEParams (index {name(was)}, queries {name(now)}); "
-            "encode both with the params the index was built with"
-        )
-
-
-def to_arrays(tree: FDEParams | MuveraIndex) -> dict[str, Any]:
-    """Params or an index as nested dicts of arrays, for checkpoints; bf16 encodings as their bits (uint16)."""
-    found = {}
-    for field in dataclasses.fields(tree):
-        value = getattr(tree, field.name)
-        if isinstance(value, FDEParams):
-            found[field.name] = to_arrays(value)
-        elif field.name == "fdes" and value is not None and value.dtype == jnp.bfloat16:
-            found["fdes_bits"] = jax.lax.bitcast_convert_type(value, jnp.uint16)
-        elif value is not None and not isinstance(value, int):
-            found[field.name] = value
-    return found
+    check_same_fit(index.fingerprint, fingerprint(params), "FDEParams")
 
 
 def params_from_arrays(config: FDEConfig, arrays: Any) -> FDEParams:

@@ -138,6 +138,100 @@ def test_two_stages():
     np.testing.assert_array_equal(found.scorer_calls, 9)
 
 
+def weighted(queries, rows):
+    """A score of pytrees: products of the vectors, plus the document's own."""
+    return queries["x"] @ rows["x"].T + rows["own"]
+
+
+ROWS = {"x": DOCUMENTS, "own": jnp.asarray(np.arange(43) % 3, jnp.float32)}
+
+
+def scored(k, mask=None):
+    """The k best under :func:`weighted` by the definition: one more dimension."""
+    more = jnp.concatenate([QUERIES, jnp.ones((5, 1))], 1), jnp.concatenate([DOCUMENTS, ROWS["own"][:, None]], 1)
+    return brute(*more, k, mask)
+
+
+@pytest.mark.parametrize("chunk", [5, 50])
+def test_any_score_of_rows_can_be_searched(chunk):
+    mask = np.arange(43) % 4 != 1
+    for given in (None, mask):
+        found = search.scored_topk(
+            {"x": QUERIES}, ROWS, weighted, 7, chunk, None if given is None else jnp.asarray(given)
+        )
+        check(found, scored(7, given))
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    found = search.sharded_topk({"x": QUERIES}, ROWS, weighted, 7, mesh, "data", chunk, jnp.asarray(mask))
+    check(found, scored(7, mask))
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("n", [40, 43])
+def test_two_stages_over_eight_devices_find_what_one_finds(n, masked):
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    rows = jax.tree.map(lambda x: x[:n], ROWS)
+    queries, documents = {"x": QUERIES}, {"x": DOCUMENTS[:n], "bonus": jnp.arange(1.0 * n) % 2}
+    mask = jnp.arange(n) % 5 != 0 if masked else None
+    stages = {"x": QUERIES}, rows, queries, documents, distance
+    for k, width in ((4, 9), (n, n)):
+        one = search.two_stage(*stages, k, width, 10, mask, score=weighted)
+        run = jax.jit(
+            lambda k=k, width=width: search.sharded_two_stage(
+                *stages, k, width, mesh, "data", 3, mask, batch=2, score=weighted
+            )
+        )
+        eight = run()
+        check((eight.scores, eight.ids), (one.scores, one.ids))
+        np.testing.assert_array_equal(eight.scorer_calls, one.scorer_calls)
+        np.testing.assert_array_equal(eight.scorer_calls, min(width, n if mask is None else int(mask.sum())))
+    assert (one.scores[:, 1:] == one.scores[:, :-1]).any()
+
+
+def test_a_document_that_scores_nothing_is_still_a_document():
+    # an exact score of -inf ranks behind every other, before empty slots, on one device and on eight
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    documents = {"x": DOCUMENTS[:40], "bonus": jnp.where(jnp.arange(40) == 37, -jnp.inf, 0.0)}
+    mask = jnp.arange(40) >= 36
+    stages = QUERIES, DOCUMENTS[:40], {"x": QUERIES}, documents, distance, 6, 6
+    one = search.two_stage(*stages, 10, mask)
+    eight = search.sharded_two_stage(*stages, mesh, "data", 10, mask)
+    check((eight.scores, eight.ids), (one.scores, one.ids))
+    np.testing.assert_array_equal(one.ids[:, 3:], np.tile([37, -1, -1], (5, 1)))
+
+
+def test_only_candidates_travel_in_two_stages():
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    documents = jax.device_put(integers(2, 8000, 3), NamedSharding(mesh, PartitionSpec("data")))
+    scorer = lambda q, p: p @ q  # noqa: E731
+    run = jax.jit(lambda q, p: search.sharded_two_stage(q, p, q, p, scorer, 4, 6, mesh))
+    text = run.lower(QUERIES, documents).compile().as_text()
+    assert "all-to-all(" not in text
+    moved = [line for line in text.splitlines() if "all-gather(" in line or "all-reduce(" in line]
+    assert moved and all("8000" not in line and "1000" not in line for line in moved), moved
+
+
+def test_approximate_search_is_exact_off_tpu_and_approximate_on_it():
+    for target in (0.5, 1.0):
+        found = search.approx_mips_topk(QUERIES, DOCUMENTS, 6, 10, recall_target=target)
+        check(found, brute(QUERIES, DOCUMENTS, 6))
+    mask = np.arange(43) % 3 == 1
+    check(search.approx_mips_topk(QUERIES, DOCUMENTS, 20, 7, jnp.asarray(mask)), brute(QUERIES, DOCUMENTS, 20, mask))
+    run = lambda target: jax.jit(  # noqa: E731
+        lambda q, p: search.approx_mips_topk(q, p, 6, 20, recall_target=target)
+    )
+    text = {
+        (platform, target): run(target).trace(QUERIES, DOCUMENTS).lower(lowering_platforms=(platform,)).as_text()
+        for platform in ("tpu", "cpu")
+        for target in (0.8, 1.0)
+    }
+    approximate = {key for key, value in text.items() if "ApproxTopK" in value}
+    assert approximate == {("tpu", 0.8)}
+    assert "recall_target = 8.000000e-01" in text["tpu", 0.8]
+    for target in (0.0, 1.1):
+        with pytest.raises(ValueError, match=rf"recall_target must be in \(0, 1\], got {target}"):
+            search.approx_mips_topk(QUERIES, DOCUMENTS, 6, recall_target=target)
+
+
 def test_fewer_documents_than_candidates():
     mask = jnp.arange(43) < 2
     queries, documents = {"x": QUERIES}, {"x": DOCUMENTS, "bonus": jnp.zeros(43)}
@@ -166,3 +260,5 @@ def test_wrong_sizes_are_named():
         search.sharded_mips_topk(QUERIES, DOCUMENTS, 2, mesh, "model")
     with pytest.raises(ValueError, match=r"k must be in \[1, 43\]"):
         search.sharded_mips_topk(QUERIES, DOCUMENTS, 44, mesh)
+    with pytest.raises(ValueError, match="num_candidates 44"):
+        search.sharded_two_stage(QUERIES, DOCUMENTS, {}, {}, distance, 1, 44, mesh)
