@@ -87,7 +87,7 @@ class Recipe(base.Recipe):
     """size of the embeddings"""
     num_bases: int = 0
     """matrices that the relations' are mixed from; 0 gives every relation its own"""
-    init: Literal["dgl", "per_relation"] = "dgl"
+    relation_init: Literal["dgl", "per_relation"] = "dgl"
     """initial size of the relations' matrices: DGL's small one, or each matrix's own"""
     margin: float = 0.5
     """of the triplet loss"""
@@ -243,7 +243,7 @@ class Recipe(base.Recipe):
     def _model(self, training: Repository) -> tuple[RGCNEncoder | None, PairMLP | None, Objective]:
         dtype = jnp.dtype(self.dtype)
         encoder = RGCNEncoder(
-            len(RELATIONS), (self.hidden,), self.features, self.num_bases or None, self.init, dtype=dtype
+            len(RELATIONS), (self.hidden,), self.features, self.num_bases or None, self.relation_init, dtype=dtype
         )
         if self.objective == "rgcn_margin":
             return encoder, None, omnimatch.triplet_objective(encoder, self.margin)
