@@ -100,7 +100,7 @@ def topk_typed_edges(
 def thresholded_typed_edges(
     pairs: Int[Array, "p 2"],
     similarities: Float[Array, "p r"],
-    threshold: float | int = 0.75,
+    threshold: float | int | Float[Array, ""] = 0.75,
     mask: Bool[Array, "p"] | None = None,
 ) -> tuple[Int[Array, "e"], Int[Array, "e"], Int[Array, "e"], Bool[Array, "e"]]:
     """The alternative: edges both ways wherever a similarity is at least ``threshold``; ``[2 P R]`` each."""
@@ -433,6 +433,13 @@ CARD = Card(
         baseline="best single similarity",
         trivial="random scores",
         seeds=5,
+        remark=(
+            "Ahead on four seeds of five, behind on seed 2. Of the wrong pairs among as many best ones as there are "
+            "joins (seeds 0, 2, 4: 69, 99, 50), 51, 92 and 43 are numeric columns of one kind from two sources, prices "
+            "with prices: training never calls such a pair a non-join, for its negatives lie within one table. The lead"
+            " over the same model without edges is 0.095 (all seeds); over the best similarity it is -0.003 where no "
+            "table has typos and 0.019 where all have. A random forest on the similarities reaches 0.927."
+        ),
         budget=(
             "the paper's settings (k 3, 256, 256, margin 0.5, Adam 1e-3, 30 steps), nothing tuned; the baseline picks "
             "its similarity on the test labels; the same repository per seed"

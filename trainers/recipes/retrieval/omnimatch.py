@@ -116,12 +116,15 @@ class Recipe(base.Recipe):
         repository = self._repository()
         try:
             config = Fabrication(self.common, self.overlaps, self.typo_share, 0.5, self.typo_percent, self.coverage)
+        except DataError as error:
+            raise UserError(f"--{str(error).replace('_', '-', 1)}") from None
+        try:
             training = fabricate_repository(repository.tables, config, self.iterations, self.seed)
             examples = self._examples(training)
         except DataError as error:
-            raise UserError(f"--{str(error).replace('_', '-', 1)}" if "must be" in str(error) else str(error)) from None
+            raise UserError(str(error)) from None
         except ValueError as error:
-            raise UserError(f"{error}; raise --iterations or --common") from None
+            raise UserError(f"{error}; lower --common or raise --iterations") from None
         vectors = read_vectors(self.vectors) if self.vectors else None
         encoder, scorer, objective = self._model(training)
         # one tenth is only watched; the order is drawn once
