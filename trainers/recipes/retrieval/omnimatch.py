@@ -144,7 +144,7 @@ class Recipe(base.Recipe):
         def fit_graphs(variables, artefacts, rng):
             graph, pairs, _ = self._graph(training.tables, vectors)
             test, candidates, similarities = self._graph(repository.tables, vectors)
-            made = {"graph": graph, "test": {"graph": test, "pairs": candidates, "similarities": similarities}}
+            made = {"test": {"graph": test, "pairs": candidates, "similarities": similarities}}
             metrics = {
                 "columns": len(names),
                 "candidate_pairs": len(candidates),
@@ -154,7 +154,7 @@ class Recipe(base.Recipe):
                 "training_edges": int(graph["mask"].sum()),
                 "training_examples": len(order),
             }
-            return FitResult({}, jax.tree.map(np.asarray, made), metrics)
+            return FitResult({"constants": {"graph": graph}}, jax.tree.map(np.asarray, made), metrics)
 
         def values(variables, batch, context):
             outputs, _ = objective.forward(variables, batch, context)
