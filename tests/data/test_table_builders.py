@@ -80,7 +80,7 @@ def test_dates_are_reformatted():
 
 
 def test_numbers_and_coverage():
-    assert perturb_column(["1", "22", None], rng()) == ("1", "22", None)
+    assert perturb_column(["-1", "22", None], rng()) == ("-1", "22", None)
     cells = [f"{v:.3f}" for v in rng(1).normal(100, 5, 400)] + [None]
     scales = set()
     for seed in range(12):
