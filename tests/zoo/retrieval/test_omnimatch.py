@@ -106,6 +106,9 @@ def test_a_graph_is_padded_without_effect_and_without_a_second_compilation():
     assert not cut["mask"].any()
     alone = omnimatch.encode(encoder, params, cut)
     assert not np.allclose(alone, h, atol=1e-2) and cut["features"] is graph["features"]
+    # more neighbours than there are: a padded pair would show
+    every = omnimatch.typed_graph(features, pairs, similarities, 14)
+    assert edges_of([every[k] for k in ("src", "dst", "rel", "mask")]) == nearest(pairs, similarities, 13, 14, -1.0)
     thresholded = omnimatch.typed_graph(features, pairs, similarities, threshold=0.75)
     assert int(thresholded["mask"].sum()) == 2 * int((similarities >= 0.75).sum())
 
