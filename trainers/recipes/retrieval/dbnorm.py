@@ -128,8 +128,8 @@ class Recipe(base.Recipe):
 
         def summary(m: Mapping[str, float]) -> str:
             return (
-                f"R@1 {m['measure/raw_recall_at_1']:.3f} -> {m['measure/recall_at_1']:.3f} by {self.normaliser}, skewness "
-                f"of N_{self.depth} {m['measure/raw_skewness']:.2f} -> {m['measure/skewness']:.2f}; see hubs.png"
+                f"R@1 {m['measure/raw_recall_at_1']:.3f} -> {m['measure/recall_at_1']:.3f} by {self.normaliser}, "
+                f"skewness of N_{self.depth} {m['measure/raw_skewness']:.2f} -> {m['measure/skewness']:.2f}; see hubs.png"
             )
 
         phases = [Fit("fit", fit_calibrator), Fit("measure", measure_modes)]
@@ -229,7 +229,7 @@ def _figures(result: Any, workdir: Path, mode: str, depth: int) -> None:
     kept = {k: np.asarray(v) for k, v in result.artefacts["hubs"].items()}
     names = bytes(kept["names"]).decode().split("\n")
     label = {"identity": "raw", "is": "IS", "dis": "DIS", "dualis": "DualIS", "dualdis": "DualDIS", "csls": "CSLS"}
-    fig, axes = plots.figure(1, 2, (4.6, 3.6))
+    fig, axes = plots.figure(2, 1, (4.6, 3.6))
     bars, curves = axes.ravel()
     order = np.argsort(kept["table"][:, 0], kind="stable")
     colours = ["#2a78d6" if names[i] == mode else "0.45" if names[i] == "identity" else "0.75" for i in order]
