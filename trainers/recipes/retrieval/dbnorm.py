@@ -129,7 +129,7 @@ class Recipe(base.Recipe):
         def summary(m: Mapping[str, float]) -> str:
             return (
                 f"R@1 {m['measure/raw_recall_at_1']:.3f} -> {m['measure/recall_at_1']:.3f} by {self.normaliser}, "
-                f"skewness of N_{self.depth} {m['measure/raw_skewness']:.2f} -> {m['measure/skewness']:.2f}; see hubs.png"
+                f"skewness {m['measure/raw_skewness']:.2f} -> {m['measure/skewness']:.2f}; see hubs.png"
             )
 
         phases = [Fit("fit", fit_calibrator), Fit("measure", measure_modes)]
