@@ -20,8 +20,8 @@ def calibrated_queries(
     """Queries whose own direction decides how their cosines are to be read.
 
     Unit queries q; with two standard normal directions u and v, slope ``1 + 0.8 tanh(1.5 <q, u>)`` and crossing
-    ``c = 0.5 + 0.25 tanh(1.5 <q, v>)`` (1.5 gives the raw cosines the brief's PR AUC, about 0.79); cosines ``x ~ Beta(5, 4)`` and labels
-    ``y ~ Bernoulli(sigmoid(20 slope (x - c)))``.
+    ``c = 0.5 + 0.25 tanh(1.5 <q, v>)`` (1.5 gives raw cosines the brief's PR AUC, about 0.79); cosines
+    ``x ~ Beta(5, 4)`` and labels ``y ~ Bernoulli(sigmoid(20 slope (x - c)))``.
     """
     if min(train, valid, test, dimension, candidates) < 1:
         raise DataError("the generator needs at least one query in each split, one dimension and one candidate")
