@@ -1,7 +1,8 @@
 """One row a method: every recipe's ``example()`` goes through the same tests, so a new method gets them for nothing.
 
-A row is a tiny objective with a batch of 16, an optimiser and perhaps a loss transformation; a method that trains
-nothing gives pure functions instead.  What each test asks is in its name.
+A row is a tiny objective with a batch of 16, an optimiser and perhaps a loss transformation; ``artefacts`` are what
+earlier phases would have left, ``sharded`` those that enter the step by rows; ``also`` holds further rows of the same
+method by name.  A method that trains nothing gives pure functions instead.  What each test asks is in its name.
 """
 
 import dataclasses
@@ -20,18 +21,29 @@ from data.stream import training_stream
 from trainers.errors import Diverged, Interrupted
 from trainers.loop import Loop, Settings
 from trainers.parallel import Parallel
-from trainers.phases import Average, Train
+from trainers.phases import Average, Fit, FitResult, Train
 from trainers.recipe import Run
 from trainers.trees import flatten, to_host
 from zoo.base import Context, reduce_mean, total_loss
 
-METHODS = [c.name for c in zoo.cards()]
 STEPS = 20
 
 
-@functools.cache
+def rows():
+    """Every method's rows: ``name`` and, where it has several objectives, ``name/other``."""
+    found = {}
+    for card in zoo.cards():
+        own = importlib.import_module(card.recipe).example()
+        found |= {card.name: own, **{f"{card.name}/{other}": more for other, more in own.get("also", {}).items()}}
+    return found
+
+
+ROWS = rows()
+METHODS = list(ROWS)
+
+
 def row(name):
-    return importlib.import_module(zoo.card(name).recipe).example()
+    return ROWS[name]
 
 
 def trained(name):
@@ -65,7 +77,10 @@ def value_of(name):
     objective, transform = found["objective"], found["transform"]
 
     def value(params, batch, rng):
-        context = Context(rng=rng, step=jnp.int32(3), total_steps=jnp.int32(STEPS), steps_per_epoch=jnp.int32(2))
+        context = Context(
+            rng=rng, step=jnp.int32(3), total_steps=jnp.int32(STEPS), steps_per_epoch=jnp.int32(2),
+            artefacts=jax.tree.map(jnp.asarray, found.get("artefacts", {})),
+        )  # fmt: skip
         variables = {**start(name), "params": params}
         outputs, _ = objective.forward(variables, batch, context)
         known = context.replace(outputs=outputs, batch=batch, collections=variables)
@@ -90,11 +105,19 @@ def stream_of(name):
 def phase_of(name, steps=STEPS, stream=None):
     found = trained(name)
     return Train("t", steps, found["objective"], found["optimizer"], stream or stream_of(name), found["transform"],
-                 average=Average(0.9))  # fmt: skip
+                 average=Average(0.9), sharded=found.get("sharded", ()))  # fmt: skip
+
+
+def run_of(name, phase, init=None):
+    artefacts = row(name).get("artefacts", {})
+    before = [Fit("made", lambda variables, _, rng: FitResult({}, artefacts))] if artefacts else []
+    if artefacts and init is None:  # a run that begins with a fit cannot ask its first update for variables
+        init = lambda rng: row(name)["objective"].init(rng, batch_of(name))  # noqa: E731
+    return Run([*before, phase], export=None, init=init)
 
 
 def loop_of(name, parallel, steps=STEPS, calls=4, **rest):
-    return Loop(Run([phase_of(name, steps)], export=None), Settings(parallel, calls, 5, 5), **rest)
+    return Loop(run_of(name, phase_of(name, steps)), Settings(parallel, calls, 5, 5), **rest)
 
 
 @functools.cache
@@ -174,7 +197,7 @@ def test_twenty_steps_are_the_same_under_every_parallelism(name, way):
 @pytest.mark.parametrize("name", METHODS)
 def test_one_compilation_and_an_exact_resumption(name, tmp_path):
     alone = single(name) if trained(name) else None
-    loop = loop_of(name, Parallel(devices=1), store=Store(tmp_path))
+    loop = loop_of(name, Parallel(devices=1), store=Store(tmp_path / "checkpoints"), folder=tmp_path)
     save = loop._save
 
     def stop(state, phase, step):
@@ -185,7 +208,7 @@ def test_one_compilation_and_an_exact_resumption(name, tmp_path):
     loop._save = stop
     with pytest.raises(Interrupted):
         loop()
-    again = loop_of(name, Parallel(devices=1), store=Store(tmp_path))
+    again = loop_of(name, Parallel(devices=1), store=Store(tmp_path / "checkpoints"), folder=tmp_path)
     made, compile_step = [], again.place.compile
     again.place.compile = lambda *args: made.append(1) or compile_step(*args)
     state = flatten(to_host(again().state))
@@ -200,12 +223,11 @@ def test_a_nan_is_caught_where_it_enters(name):
     floats = [k for k, v in fields.items() if v.dtype.kind == "f"]
     if not floats:
         poisoned = jax.tree.map(lambda p: p * np.nan, start(name)["params"])
-        phase = phase_of(name)
-        run = Run([phase], export=None, init=lambda rng: {**start(name), "params": poisoned})
+        run = run_of(name, phase_of(name), lambda rng: {**start(name), "params": poisoned})
     else:
         arrays = {k: np.concatenate([v, v]) for k, v in fields.items()}
         arrays[floats[0]][5] = np.nan
-        run = Run([phase_of(name, stream=training_stream(arrays, 16))], export=None)
+        run = run_of(name, phase_of(name, stream=training_stream(arrays, 16)))
     with pytest.raises(Diverged, match="is not finite at step [01] of phase 't'"):
         Loop(run, Settings(Parallel(devices=1), 4, 5, 5))()
 

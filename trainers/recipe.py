@@ -99,11 +99,13 @@ class Export:
       definition: the frozen dataclass (a Linen module or a configuration) that ``load_model`` rebuilds.
       variables: the pytree of arrays that goes with it, nested dicts.
       preprocessing: plain facts a user needs to prepare her inputs.
+      beside: called with the model's folder to put more files into it (``tokenizer/tokenizer.json``).
     """
 
     definition: Any
     variables: Mapping[str, Any]
     preprocessing: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    beside: Callable[[Any], None] | None = None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -133,7 +133,7 @@ def train(
             export, card = run.export(result.chosen, result.artefacts), zoo.card(name)
             info = {k: summary[k] for k in ("method", "recipe", "hash", "data", "versions")}
             info |= {"metrics": result.metrics, "preprocessing": dict(export.preprocessing)}
-            save_model(whole / "model", export.definition, export.variables, card.to_dict(), info)
+            save_model(whole / "model", export.definition, export.variables, card.to_dict(), info, export.beside)
             plots.curves(record.history, workdir / "curves.png", f"{name}: {card.title}")
             if run.figures is not None:
                 run.figures(result, workdir)
