@@ -55,15 +55,14 @@ def precision_recall_curve(
     real = jnp.ones(scores.shape, bool) if mask is None else mask.ravel()
     relevant = (labels.ravel() >= 1) & real
     # real pairs first, high scores first
-    absent, negated, relevant = jax.lax.sort((~real, jnp.where(real, -scores, 0.0), relevant), num_keys=2)
+    absent, negated, relevant = jax.lax.sort((~real, -scores, relevant), num_keys=2)
     thresholds, n = jnp.where(absent, -jnp.inf, -negated), scores.size
     place = jnp.arange(n, dtype=jnp.int32)
     changes = (negated[1:] != negated[:-1]) | (absent[1:] != absent[:-1])
     last = jnp.concatenate([changes, jnp.ones(1, bool)]) & ~absent
     total = jnp.sum(real, dtype=jnp.int32)
     # each place reads the counts at the end of its tie group; masked places at the end of all
-    end = jax.lax.cummin(jnp.where(last, place, n), reverse=True)
-    end = jnp.minimum(end, jnp.maximum(total - 1, 0))
+    end = jax.lax.cummin(jnp.where(last, place, n - 1), reverse=True)
     hits = jnp.cumsum(relevant, dtype=jnp.int32)[end]
     kept, positives = jnp.minimum(end + 1, total), jnp.sum(relevant, dtype=jnp.int32)
     precision = hits / jnp.maximum(kept, 1).astype(jnp.float32)

@@ -101,6 +101,12 @@ def test_hand_cases():
     scores, labels = jnp.array([0.5, 0.5, 0.5, 0.1]), jnp.array([0, 1, 0, 0])
     np.testing.assert_allclose(binary.average_precision(scores, labels), 1 / 3, rtol=1e-6)
     np.testing.assert_allclose(binary.precision_at_recall(scores, labels, 0.95), 1 / 3, rtol=1e-6)
+    # a masked pair that ties with the last real one is no part of its group
+    curve = binary.precision_recall_curve(
+        jnp.array([0.5, 0.9, 0.5]), jnp.array([1, 0, 1]), jnp.array([True, True, False])
+    )
+    assert curve.last.tolist() == [True, True, False] and curve.kept.tolist() == [1, 2, 2]
+    assert curve.hits.tolist() == [0, 1, 1] and curve.relevant.tolist() == [False, True, False]
     # a threshold keeps what equals it; one query of two with a real pair loses all
     scores = jnp.array([[0.5, 0.4], [0.3, 0.9], [0.9, 0.9]])
     mask = jnp.array([[True, True], [True, False], [False, False]])
@@ -112,10 +118,11 @@ def test_hand_cases():
 
 
 def test_recalls_that_float32_cannot_hold_still_count():
+    scores, places = -jnp.arange(101.0), jnp.arange(101)
+    select = jax.jit(binary.select_threshold)
     for positives in (3, 7, 10, 20, 49, 97, 100):
-        scores, labels = -jnp.arange(positives + 1.0), jnp.ones(positives + 1).at[-1].set(0)
         for wanted in range(1, positives + 1):
-            got = binary.select_threshold(scores, labels, None, wanted / positives)
+            got = select(scores, places < positives, places <= positives, wanted / positives)
             assert got == -(wanted - 1.0), (positives, wanted)
 
 
