@@ -66,7 +66,7 @@ def beam_search(
       step, start, length, stop: as for :func:`greedy`.
       cache: for ``b * beams`` rows, an example's beams side by side.
       beams: continuations kept, at most the vocabulary.
-      reorder: ``(cache, rows [b * beams]) -> cache`` whose row i is the old row ``rows[i]`` (always the same example's).
+      reorder: ``(cache, rows [b * beams]) -> cache`` whose row i is the old ``rows[i]``, of the same example.
       length_penalty: 0 judges by the sum.
 
     Returns:
