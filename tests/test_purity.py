@@ -14,7 +14,7 @@ ARRAYS = {"jax", "flax", "optax", "chex", "jaxtyping", "numpy", "dm_pix"}
 ROOMS = {
     "zoo": {"zoo", *ARRAYS},
     "data": {"data", "numpy", "jax", "dm_pix", "jaxtyping", "grain", "tensorflow_datasets", "sklearn", "array_record",
-             "etils", "PIL", "matplotlib", "absl"},
+             "etils", "PIL", "matplotlib", "absl", "tokenizers", "scipy"},
     "checkpoints": {"checkpoints", "zoo", "jax", "flax", "numpy", "orbax", "etils", "jaxtyping", "tensorstore",
                     "ml_dtypes", "safetensors", "tokenizers", "huggingface_hub", "PIL"},
     "trainers": {"trainers", "zoo", "data", "checkpoints", "jax", "flax", "optax", "numpy", "tyro", "tqdm",

@@ -38,7 +38,8 @@ class Evaluator:
         update = self._compiled[evaluation.name][1]
         self.place.check_batch(evaluation.stream.batch_size)
         put = self.place.put_replicated
-        variables, seen, artefacts = put(state.chosen(evaluation.weights)), put(evaluation.init()), put(artefacts)
+        variables, seen = put(state.chosen(evaluation.weights)), put(evaluation.init())
+        artefacts = self.place.put_artefacts(artefacts, evaluation.sharded, step=False)
         kept: Mapping[str, Any] = {}
         for i in range(evaluation.stream.steps_per_epoch):
             batch = self.place.put_rows(evaluation.stream.batch(i, self.place.process))

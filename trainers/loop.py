@@ -119,8 +119,7 @@ class Loop:
             finally:
                 if self.store is not None:
                     self.store.close()
-        chosen = to_host(state.chosen("average"))
-        return Result(to_host(state.variables), chosen, self.artefacts, self.metrics, state)
+        return Result(to_host(state.variables), to_host(state.chosen("average")), self.artefacts, self.metrics, state)
 
     def _interrupted(self, phase: Any, where: str) -> Interrupted:
         saved = "its state is saved; the same command goes on from here" if self.store else "nothing is saved"
@@ -157,7 +156,7 @@ class Loop:
         feed = Feed(phase, {n: int(p) for n, p in state.streams.items()}, self.place)
         self.record.phase(phase.name, step, phase.steps)
         step_fn = make_step(phase, epochs, self.place.axis_name)
-        state, artefacts = self.place.put_state(state), self.place.put_replicated(self.artefacts)
+        state, artefacts = self.place.put_state(state), self.place.put_artefacts(self.artefacts, phase.sharded)
         counts = [self.place.put_count(c) for c in range(calls + 1)]
         began = time.monotonic()
         compiled = self.place.compile(step_fn, state, feed.probe(calls), artefacts, counts[1])

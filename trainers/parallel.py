@@ -16,6 +16,7 @@ from trainers.recipe import UserError
 from trainers.state import TrainState
 from trainers.trees import flatten, unflatten
 from zoo.nn.partitioning import axis_names, partition_spec, unbox
+from zoo.ops.rows import Rows
 
 PMAP_AXIS = "data"
 
@@ -168,6 +169,36 @@ class Placement:
             return jax.tree.map(lambda x: jax.device_put(x, self.devices[0]), tree)
         return jax.tree.map(lambda x: self._put_leaf(x, self.replicated), tree)
 
+    def put_artefacts(self, artefacts: Mapping[str, Any], sharded: tuple[str, ...] = (), step: bool = True) -> Any:
+        """Artefacts onto the devices: those named in ``sharded`` as ``Rows`` spread over all, the others everywhere.
+
+        Args:
+          artefacts: by name.
+          sharded: names of arrays ``[n, d]``; rows are padded to a multiple of the devices.
+          step: for a compiled step; an evaluation under ``pmap`` runs on the first device and gets whole rows.
+
+        Raises:
+          ValueError: a name that is no artefact, or an artefact that is no array.
+        """
+        for name in sharded:
+            if np.ndim(artefacts.get(name)) < 1:
+                kind = "none" if name not in artefacts else "it is not an array"
+                raise ValueError(f"artefact {name!r} is to be sharded by rows, but {kind}; there are {list(artefacts)}")
+        placed = self.put_replicated({k: v for k, v in artefacts.items() if k not in sharded})
+        return {**placed, **{k: self._put_rows(artefacts[k], step) for k in sharded}}
+
+    def _put_rows(self, x, step: bool) -> Rows:
+        count = x.shape[0]
+        if self.count == 1 or (self.pmapped and not step):
+            return Rows(self.put_replicated(x), count)
+        short = -count % self.count
+        x = np.concatenate([x, np.zeros((short, *x.shape[1:]), x.dtype)]) if short else x
+        if self.pmapped:
+            x = np.asarray(x).reshape(self.count, -1, *x.shape[1:])
+            return Rows(jax.device_put(x, self.stacked), count, None, PMAP_AXIS)
+        axes = ("data", "fsdp", "tensor")
+        return Rows(self._put_leaf(x, NamedSharding(self.mesh, P(axes))), count, self.mesh, axes)
+
     def put_count(self, count: int):
         """How many of a dispatch's calls to make, as the compiled step takes it."""
         return np.int32(count) if self.pmapped else jax.device_put(np.int32(count), self.replicated)
@@ -181,8 +212,9 @@ class Placement:
     def compile(self, step: Callable, state: Any, batches: Any, artefacts: Any, count: Any) -> Callable:
         """Compiles ``step`` once, ahead of time: other shapes are an error afterwards, never a second compilation."""
         if self.pmapped:
+            spread = {k: 0 if isinstance(v, Rows) and v.axis else None for k, v in artefacts.items()}
             mapped = jax.pmap(
-                step, axis_name=PMAP_AXIS, in_axes=(0, 0, None, None), donate_argnums=(0,), devices=self.devices
+                step, axis_name=PMAP_AXIS, in_axes=(0, 0, spread, None), donate_argnums=(0,), devices=self.devices
             )
             return mapped.lower(state, batches, artefacts, count).compile()
         shardings = jax.tree.map(lambda x: x.sharding, state)

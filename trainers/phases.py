@@ -1,7 +1,6 @@
 """Phases: what a run consists of, as frozen dataclasses over one state.
 
-A recipe is data and a list of phases.  Protocols (class-incremental sessions, pretrain then probe) are functions that
-return phases; see ``trainers/protocols.py``.
+A recipe is data and a list of phases; protocols are functions that return phases (``trainers/protocols.py``).
 """
 
 from __future__ import annotations
@@ -31,6 +30,7 @@ class Evaluate:
         ``mutated`` holds replaced collections, committed only if ``commit`` (prequential streams, ring memories).
       compute: ``(accumulator) -> {metric: float}`` on the host, with NumPy arrays.
       weights: evaluate the trained ``"params"`` or the ``"average"`` (falls back to params if none is kept).
+      commit, sharded: see ``update``, and :class:`Alternate`.
     """
 
     name: str
@@ -40,6 +40,7 @@ class Evaluate:
     compute: Callable[[Any], Mapping[str, float]]
     weights: Literal["params", "average"] = "average"
     commit: bool = False
+    sharded: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,6 +94,7 @@ class Alternate:
       prequential: evaluated on each batch *before* it is learnt from; accumulators are part of the state.
       report: ``(state) -> {metric: scalar}`` of the whole state (masks, memories), wherever the phase is evaluated.
       optimizer_state: ``"fresh"`` or ``"keep"`` the one of the phase before, if it fits.
+      sharded: artefacts ``[n, d]`` that enter the step by rows over all devices, as ``zoo.ops.rows.Rows``.
     """
 
     name: str
@@ -107,6 +109,7 @@ class Alternate:
     prequential: Evaluate | None = None
     report: Callable[[Any], Mapping[str, Any]] | None = None
     optimizer_state: Literal["fresh", "keep"] = "fresh"
+    sharded: tuple[str, ...] = ()
 
     def __post_init__(self):
         if self.steps < 1:
@@ -124,8 +127,7 @@ def Train(  # noqa: N802 - reads as the dataclass it makes
     **rest,
 ) -> Alternate:
     """The common phase: one update per step.  ``rest`` are :class:`Alternate`'s fields."""
-    update = Update(objective, optimizer, stream, loss_transform, trainable)
-    return Alternate(name, steps, {"main": update}, **rest)
+    return Alternate(name, steps, {"main": Update(objective, optimizer, stream, loss_transform, trainable)}, **rest)
 
 
 @dataclasses.dataclass(frozen=True)

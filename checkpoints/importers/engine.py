@@ -315,11 +315,7 @@ def export_makers(layout: Layout, module: Any, source: Mapping[str, Any] | None,
             made[name] = _maker(piece, i)
     if original is None:
         check_configurable(layout, module, found)
-        values = dict(layout.new_buffers(module))
-        if any(b.endswith("num_batches_tracked") for b in layout.buffers):  # torch's norms count their batches besides
-            counted = [n.removesuffix("running_mean") for n in made if n.endswith(".running_mean")]
-            values |= {f"{norm}num_batches_tracked": np.zeros((), np.int64) for norm in counted}
-        fixed = {name: lambda get, value=value: value for name, value in values.items()}
+        fixed = {n: lambda get, value=value: value for n, value in layout.new_buffers(module, list(made)).items()}
         return {layout.full_name(module, name): make for name, make in (made | fixed).items()}
     out = {}
     for name in original:

@@ -15,7 +15,7 @@ from checkpoints.importers import engine
 from checkpoints.importers.importing import read_record
 from checkpoints.importers.layout import ImporterError, Layout
 from checkpoints.importers.recognition import layouts
-from checkpoints.importers.sources import CONFIGS, _open_safetensors
+from checkpoints.importers.sources import CONFIGS, open_safetensors
 from checkpoints.importers.writing import write_safetensors
 from checkpoints.model import load_model
 
@@ -64,7 +64,7 @@ def export_model(
         names = [n for entry in record["files"].values() for n in entry["names"]]
         source = {"names": names, "prefix": record["prefix"]}
         kept = Path(directory) / "source_buffers.safetensors"
-        buffers = {n: t.read() for n, t in _open_safetensors(kept)[0].items()} if kept.exists() else {}
+        buffers = {n: t.read() for n, t in open_safetensors(kept)[0].items()} if kept.exists() else {}
     try:
         makers = engine.export_makers(chosen, model.definition, source, buffers)
     except (KeyError, AttributeError, TypeError) as error:

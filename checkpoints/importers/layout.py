@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 
 from checkpoints.importers.rules import Rule
 
@@ -25,7 +26,7 @@ def _none(*_: Any) -> None:
     return None
 
 
-def _nothing(_: Any) -> Mapping[str, Any]:
+def _nothing(*_: Any) -> Mapping[str, Any]:
     return {}
 
 
@@ -53,8 +54,8 @@ class Layout:
         those names that have it, and put back by an export.
       buffers: patterns of tensors that are no weights (position ids, batch counters, causal masks): kept verbatim
         beside the model, so that an export is complete.
-      new_buffers: ``(module) -> {name: array}``: those of them that the library wants to find, for an export of a model
-        that was never imported.
+      new_buffers: ``(module, names) -> {name: array}``: those of them that the library wants to find beside the weights
+        of these names, for an export of a model that was never imported; see :func:`batch_counters`.
       duplicates: ``(copy, original)`` patterns: a tied weight that some files store twice; the copy must equal the
         original, or the import is refused.
       to_config: ``(module) -> config.json`` content for an export that the reference library can load; ``None`` if the
@@ -74,11 +75,17 @@ class Layout:
     absent: tuple[str, ...] = ()
     prefixes: tuple[str, ...] = ()
     buffers: tuple[str, ...] = ()
-    new_buffers: Callable[[Any], Mapping[str, Any]] = _nothing
+    new_buffers: Callable[[Any, Sequence[str]], Mapping[str, Any]] = _nothing
     duplicates: tuple[tuple[str, str], ...] = ()
     to_config: Callable[[Any], Mapping[str, Any] | None] = _none
     full_name: Callable[[Any, str], str] = _same_name
     preprocessing: Callable[[Mapping[str, Any] | None, Mapping[str, Any] | None], Mapping[str, Any] | None] = _none
+
+
+def batch_counters(_: Any, names: Sequence[str]) -> dict[str, np.ndarray]:
+    """How many batches each of torch's batch norms has seen (its ``num_batches_tracked``): none."""
+    norms = [n.removesuffix("running_mean") for n in names if n.endswith(".running_mean")]
+    return {f"{norm}num_batches_tracked": np.zeros((), np.int64) for norm in norms}
 
 
 def depth(shapes: Shapes, pattern: str) -> int:

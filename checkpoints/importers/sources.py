@@ -160,7 +160,7 @@ def _open_file(path: Path, key: str | None) -> tuple[dict[str, Tensor], str | No
     if path.suffix == ".safetensors":
         if key:
             raise ImporterError(f"--key {key}: a safetensors file has no nested entries")
-        return _open_safetensors(path)
+        return open_safetensors(path)
     if path.suffix not in TORCH_ENDINGS:
         raise ImporterError(
             f"{path}: unknown kind of file {path.suffix!r}; .safetensors, .pt, .pth, .bin and .ckpt are read"
@@ -173,7 +173,8 @@ def _open_file(path: Path, key: str | None) -> tuple[dict[str, Tensor], str | No
     return {name: tensor(ref) for name, ref in refs.items()}, None
 
 
-def _open_safetensors(path: Path) -> tuple[dict[str, Tensor], str | None]:
+def open_safetensors(path: Path) -> tuple[dict[str, Tensor], str | None]:
+    """The tensors of one file by name, unread, and the text of its header; raises as :func:`open_source`."""
     from safetensors import SafetensorError, safe_open
 
     try:

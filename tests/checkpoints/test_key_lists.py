@@ -67,8 +67,18 @@ def test_a_model_written_anew_reads_as_the_same_model(name):
 @pytest.mark.parametrize("name", golden_cases.names("song_"))
 def test_buffers_of_a_new_file_are_those_of_the_library(name):
     imported = golden_cases.load(name).imported
-    made = imported.layout.new_buffers(imported.module)
+    made = imported.layout.new_buffers(imported.module, [])
     assert made.keys() == imported.buffers.keys()
     for key, x in imported.buffers.items():
         np.testing.assert_array_equal(made[key], x)
         assert made[key].dtype == x.dtype
+
+
+@pytest.mark.parametrize("name", ["resnet_torchvision_basic", "resnet_mammoth", "resnet_pycil", "clip_openai_rn"])
+def test_a_new_file_has_the_counters_of_batch_norms(name):
+    case = golden_cases.load(name)
+    fresh = export_tensors(case.imported.layout.name, case.module, case.variables)
+    counters = [n for n in fresh if n.endswith("num_batches_tracked")]
+    assert len(counters) == len([n for n in case.tensors if n.endswith("num_batches_tracked")]) > 4
+    for key in counters:
+        assert fresh[key].shape == () and fresh[key].dtype == np.int64 and fresh[key] == 0

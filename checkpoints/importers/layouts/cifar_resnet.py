@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from checkpoints.importers.layout import Layout, Shapes, depth
+from checkpoints.importers.layout import Layout, Shapes, batch_counters, depth
 from checkpoints.importers.rules import Rule, batch_norm, conv2d, linear
 from zoo.nn.resnet import ResNet, ResNetConfig
 
@@ -52,4 +52,5 @@ LAYOUT = Layout(
     absent=("layer{s}.{b}.downsample.*", "fc.weight", "attnpool.*"),
     prefixes=("net.", "backbone."),
     buffers=("*.num_batches_tracked",),
+    new_buffers=batch_counters,
 )

@@ -162,7 +162,7 @@ def to_config(module: SongUNet) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def new_buffers(module: SongUNet) -> dict[str, np.ndarray]:
+def new_buffers(module: SongUNet, _: Any = None) -> dict[str, np.ndarray]:
     """Resampling filters, one beside each convolution that halves or doubles the size."""
     c = module.config
     taps = np.asarray(c.filter, np.float32)

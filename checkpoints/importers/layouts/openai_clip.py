@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 
-from checkpoints.importers.layout import ImporterError, Layout, choose, depth, refuse
+from checkpoints.importers.layout import ImporterError, Layout, batch_counters, choose, depth, refuse
 from checkpoints.importers.rules import LINEAR, Rule, Split, batch_norm, conv2d, embedding, linear, norm
 from zoo.nn.clip import CLIP, CLIPConfig, CLIPTextConfig
 from zoo.nn.clip_resnet import CLIPResNetConfig
@@ -198,6 +198,7 @@ LAYOUT = Layout(
         "logit_scale",
     ),
     buffers=(*SCALARS, "*num_batches_tracked"),
+    new_buffers=batch_counters,
     to_config=to_config,
     preprocessing=preprocessing,
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from checkpoints.importers.layout import Layout, Shapes, depth
+from checkpoints.importers.layout import Layout, Shapes, batch_counters, depth
 from checkpoints.importers.rules import Rule, batch_norm, conv2d, linear
 from zoo.nn.resnet import ResNet, ResNetConfig
 
@@ -46,4 +46,5 @@ LAYOUT = Layout(
     signature=("conv_1_3x3.weight", "bn_1.weight", "stage_1.0.conv_a.weight"),
     prefixes=("convnet.", "backbone."),
     buffers=("*.num_batches_tracked",),
+    new_buffers=batch_counters,
 )

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from checkpoints.importers.layout import ImporterError, Layout, Shapes, depth
+from checkpoints.importers.layout import ImporterError, Layout, Shapes, batch_counters, depth
 from checkpoints.importers.rules import Rule, batch_norm, conv2d, linear
 from zoo.nn.resnet import ResNet, ResNetConfig
 
@@ -100,5 +100,6 @@ LAYOUT = Layout(
     signature=("layer1.0.conv1.weight", "layer1.0.bn2.running_var"),
     absent=("layer{s}.{b}.shortcut.*", "linear.weight", "attnpool.*", "visual.*"),
     buffers=("*.num_batches_tracked",),
+    new_buffers=batch_counters,
     preprocessing=preprocessing,
 )
