@@ -34,14 +34,14 @@ def key_value_documents(
     shortest: int = 1,
     topics: int = 40,
     keys: int = 8,
-    values: int = 20,
+    values: int = 6,
 ) -> Dataset:
     """Documents of sentences "key a b value value .": the answer stands in the document and nowhere else.
 
     ``a`` and ``b`` are the document's topics, an ordered pair that no other document has; its keys are distinct; each
-    key's two value tokens are drawn anew for every document.  A query is "a b key" of one sentence, its target the
-    sentence's two values.  Several queries ask for the same document.  Short training documents, in which there is little
-    to choose from, let a small model learn to read in minutes.
+    key's two value tokens are drawn anew for every document, from the values that the key may have.  A query is
+    "a b key" of one sentence, its target the sentence's two values.  Several queries ask for the same document.  Short
+    training documents, in which there is little to choose from, let a small model learn to read in minutes.
 
     Args:
       seed: of everything.
@@ -49,7 +49,8 @@ def key_value_documents(
       queries: of each document; those of short documents ask for a sentence again.
       sentences: of a test document, at most ``keys``.
       shortest: training documents have between so many sentences and ``sentences``, evenly.
-      topics, keys, values: words of each kind.
+      topics, keys: words of each kind.
+      values: words of each key.
 
     Raises:
       DataError: sizes that do not allow this.
@@ -64,15 +65,17 @@ def key_value_documents(
         raise DataError(f"{count} documents need as many pairs of topics; {topics} topics make {topics * (topics - 1)}")
     words = ["[PAD]", "[CLS]", "[SEP]", "."]
     kinds = {}
-    for kind, size in (("topic", topics), ("key", keys), ("value", values)):
+    for kind, size in (("topic", topics), ("key", keys)):
         kinds[kind] = len(words)
         words += [f"{kind}{i}" for i in range(size)]
+    kinds["value"] = len(words)
+    words += [f"value{k}.{i}" for k in range(keys) for i in range(values)]
     rng = np.random.default_rng([seed, 7])
     pairs = rng.permutation(topics * (topics - 1))[:count]
     first, second = np.divmod(pairs, topics - 1)
     topic = np.stack([first, second + (second >= first)], 1) + kinds["topic"]
     key = np.argsort(rng.random((count, keys)), 1)[:, :sentences] + kinds["key"]
-    value = rng.integers(0, values, (count, sentences, 2)) + kinds["value"]
+    value = rng.integers(0, values, (count, sentences, 2)) + kinds["value"] + values * (key - kinds["key"])[..., None]
     length = np.where(np.arange(count) < train_documents, rng.integers(shortest, sentences + 1, count), sentences)
     order = np.argsort(rng.random((count, sentences)) + (np.arange(sentences) >= length[:, None]), 1)
     asked = np.take_along_axis(order, np.arange(queries)[None] % length[:, None], 1)

@@ -80,7 +80,7 @@ def text_metrics(predicted: Sequence[Tokens], targets: Sequence[Tokens]) -> dict
     return {name: float(np.mean([metric(p, t) for p, t in pairs])) for name, metric in named.items()}
 
 
-def cut(tokens: Iterable[int], stop: int) -> list[int]:
+def cut(tokens: Iterable, stop: int) -> list[int]:
     """What stands before the first ``stop``, as a list."""
     tokens = [int(t) for t in tokens]
     return tokens[: tokens.index(stop)] if stop in tokens else tokens

@@ -157,12 +157,12 @@ def shift_right(target: Int[Array, "b t"], decode_id: int) -> Int[Array, "b t"]:
 
 def gear(
     model: GeAR,
-    alpha: float = 0.25,
-    soft: float = 0.4,
-    ramp_epochs: float = 1.0,
-    momentum: float = 0.995,
+    alpha: float | int = 0.25,
+    soft: float | int = 0.4,
+    ramp_epochs: float | int = 1.0,
+    momentum: float | int = 0.995,
     queue_size: int = 0,
-    label_smoothing: float = 0.0,
+    label_smoothing: float | int = 0.0,
     name: str = "gear",
 ) -> Objective:
     """Contrastive learning with a momentum bi-encoder's soft targets, plus ``alpha`` times the generation loss.
@@ -260,12 +260,12 @@ def bi_encoder(params: Mapping[str, Any]) -> dict[str, Any]:
     return {"query_encoder": layers, "document_encoder": params["document_encoder"]}
 
 
-def ema_update(target: Any, params: Any, momentum: float) -> Any:
+def ema_update(target: Any, params: Any, momentum: float | int) -> Any:
     """``momentum * target + (1 - momentum) * params``, leaf by leaf; 1 keeps the target, 0 copies the parameters."""
     return jax.tree.map(lambda t, p: momentum * t + (1.0 - momentum) * p, target, params)
 
 
-def check_settings(alpha: float, soft: float, momentum: float, tau: float) -> None:
+def check_settings(alpha: float | int, soft: float | int, momentum: float | int, tau: float | int) -> None:
     """Raises ValueError for a setting outside its range, naming it."""
     if not alpha >= 0:
         raise ValueError(f"alpha must not be negative, got {alpha}")
