@@ -27,12 +27,12 @@ PAD, CLS, SEP = 0, 1, 2
 
 def key_value_documents(
     seed: int = 0,
-    train_documents: int = 1000,
+    train_documents: int = 3000,
     test_documents: int = 200,
     queries: int = 3,
     sentences: int = 6,
     shortest: int = 1,
-    topics: int = 40,
+    topics: int = 60,
     keys: int = 8,
     values: int = 6,
 ) -> Dataset:

@@ -31,20 +31,20 @@ class Recipe(base.Recipe):
     """Trains a retriever that also says in which sentence the answer stands, and writes it.
 
     The defaults use generated documents of six sentences "key a b value value ." that are asked for by "a b key". The
-    paper's setting is BERT-base: --width 768 --depth 12 --heads 12 --document-length 512 --dropout 0.1 --data.path
-    FOLDER --optimizer.learning-rate 1e-5 --optimizer.weight-decay 0.05 --optimizer.warmup-steps 1000.
+    paper's setting is BERT-base: --data.path FOLDER --width 768 --depth 12 --heads 12 --expansion 4 --dropout 0.1
+    --document-length 512 --optimizer.learning-rate 1e-5 --optimizer.weight-decay 0.05 --optimizer.warmup-steps 1000.
     """
 
     data: Data = Data("keyvalue")
     """keyvalue (generated), or --data.path with a folder of train.jsonl and test.jsonl: one object {query, document,
     target, sentence_spans?, doc_id?} a line"""
     optimizer: Optimizer = Optimizer(
-        name="adamw", learning_rate=2e-3, schedule="cosine", warmup_steps=50, clip_norm=1.0
+        name="adamw", learning_rate=1e-3, schedule="cosine", warmup_steps=50, clip_norm=1.0
     )
     """optimiser of all modules together"""
     steps: int = 1500
     """training steps"""
-    batch_size: int = 64
+    batch_size: int = 32
     """pairs per step"""
     alpha: float = 0.25
     """weight of the generation loss; 0 trains the bi-encoder alone"""
@@ -64,6 +64,8 @@ class Recipe(base.Recipe):
     """blocks of every tower"""
     heads: int = 4
     """attention heads"""
+    expansion: int = 2
+    """width of the feed-forward layers over that of a token (BERT: 4)"""
     dropout: float = 0.0
     """dropout rate of the towers (BERT: 0.1)"""
     attention_block: int = -1
@@ -128,7 +130,7 @@ class Recipe(base.Recipe):
 
     def load(self) -> Dataset:
         """The data, and the settings checked against it."""
-        positive = ("steps", "batch_size", "width", "depth", "heads", "beams", "eval_every")
+        positive = ("steps", "batch_size", "width", "depth", "heads", "expansion", "beams", "eval_every")
         for name in positive:
             if getattr(self, name) < 1:
                 raise UserError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}")
@@ -166,7 +168,7 @@ class Recipe(base.Recipe):
         longest = max(a[k].shape[1] for a in dataset.splits.values() for k in ("query", "document", "target"))
         shape = BERTConfig(
             vocab_size=int(dataset.info["vocab_size"]), width=self.width, depth=self.depth, num_heads=self.heads,
-            mlp_width=4 * self.width, max_positions=max(longest, self.new_tokens), token_types=0,
+            mlp_width=self.expansion * self.width, max_positions=max(longest, self.new_tokens), token_types=0,
             dropout=self.dropout, attention_dropout=self.dropout,
         )  # fmt: skip
         block = None if self.attention_block < 0 else self.attention_block
