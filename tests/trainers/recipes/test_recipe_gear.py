@@ -66,7 +66,9 @@ def test_evaluation_sees_every_row_once_and_leaves_out_the_ends(tiny):
         [row[owner == s].mean() for s in range(6)] for row, owner in zip(by_token, test["sentence_ids"], strict=True)
     ]
     np.testing.assert_allclose(seen["local"], expected, rtol=1e-4)
-    np.testing.assert_allclose(recipe.token_attention(model, variables, test), by_token, rtol=1e-4)
+    np.testing.assert_allclose(
+        recipe.token_attention(model, variables, jax.tree.map(jnp.asarray, test)), by_token, rtol=1e-4
+    )
     made = gear.generate(model, variables, fused, query[1], 3, 2)
     np.testing.assert_array_equal(seen["made"], made)
     found = evaluation.compute(jax.tree.map(np.asarray, seen))
