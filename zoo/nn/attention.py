@@ -8,7 +8,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from jaxtyping import Array, Bool, Float
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int
 
 from zoo.nn.dropout import dropout
 from zoo.nn.partitioning import EMBED, HEADS, Dense
@@ -44,6 +45,26 @@ def attention(
         local_window_size=None if window is None else (window - 1, 0),
         implementation="cudnn" if _has_kernel(query, key, mask is not None or bias is not None) else "xla",
     )  # fmt: skip
+
+
+def attention_probabilities(
+    query: Float[Array, "b t n d"],
+    key: Float[Array, "b s n d"],
+    mask: Bool[Array, "*#bnts"] | None = None,
+    causal: bool = False,
+    scale: float | None = None,
+) -> Float[Array, "b n t s"]:
+    """What :func:`attention` weighs values by: float32 ``[B, N, T, S]``, each row sums to 1 over the keys it may see.
+
+    The whole array is made (:func:`attention` need not make it), so ask for one layer's.  Arguments as there; a query
+    that may look nowhere has a row of zeros.
+    """
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    scores = jnp.einsum("btnd,bsnd->bnts", query, key, preferred_element_type=jnp.float32) * scale
+    shown = jnp.ones((), bool) if mask is None else mask
+    if causal:
+        shown = shown & jnp.tri(query.shape[1], key.shape[1], dtype=bool)
+    return jax.nn.softmax(scores, axis=-1, where=jnp.broadcast_to(shown, scores.shape))
 
 
 def _has_kernel(query: Array, key: Array, biased: bool) -> bool:
@@ -99,7 +120,10 @@ class MultiHeadAttention(nn.Module):
         bias: Float[Array, "*#bnts"] | None = None,
         causal: bool = False,
         keys: Array | None = None,
-    ) -> Float[Array, "b t o"]:
+        cache: tuple[Array, Array] | None = None,
+        index: Int[Array, ""] | None = None,
+        probabilities: bool = False,
+    ) -> Float[Array, "b t o"] | tuple[Float[Array, "b t o"], dict[str, Any]]:
         """Self-attention over ``x``, or cross-attention from ``x`` to ``context``.
 
         Args:
@@ -107,6 +131,14 @@ class MultiHeadAttention(nn.Module):
           context: ``[B, S, width']`` whose keys and values are read; ``x`` itself by default.
           mask, bias, causal: see :func:`attention`.
           keys: one key per example for dropout; ``None`` outside training.
+          cache: keys and values ``[B, L, heads, head_dim]`` to attend to; with ``index`` those of ``x`` (or of
+            ``context``) are written there first, without it the cache is read as it is.
+          index: where new keys and values go, counted in tokens.
+          probabilities: whether to return what :func:`attention_probabilities` gives.
+
+        Returns:
+          ``[B, T, features]``; with ``cache`` or ``probabilities`` beside it a dict with ``cache`` and, on request,
+          ``probabilities [B, heads, T, S]``.
 
         Raises:
           ValueError: the heads do not divide the width, and no ``head_dim`` is given.
@@ -122,8 +154,17 @@ class MultiHeadAttention(nn.Module):
             y = Dense(inner, (EMBED, HEADS), self.use_bias, name=name, **settings)(y)
             return y.reshape(*y.shape[:-1], self.num_heads, width)
 
-        q, k, v = heads(x, "query"), heads(context, "key"), heads(context, "value")
+        q = heads(x, "query")
+        if cache is None or index is not None:
+            k, v = heads(context, "key"), heads(context, "value")
+        if cache is not None:
+            place = lambda old, new: lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), index, 1)  # noqa: E731
+            k, v = cache if index is None else (place(cache[0], k), place(cache[1], v))
         y = attention(q, k, v, mask, bias, causal, self.scale)
         y = dropout(y.reshape(*y.shape[:2], -1), self.attention_dropout, keys)
         features = self.features or x.shape[-1]
-        return Dense(features, (HEADS, EMBED), self.out_bias, name="out", **settings)(y)
+        y = Dense(features, (HEADS, EMBED), self.out_bias, name="out", **settings)(y)
+        if cache is None and not probabilities:
+            return y
+        seen = {"probabilities": attention_probabilities(q, k, mask, causal, self.scale)} if probabilities else {}
+        return y, {"cache": (k, v), **seen}

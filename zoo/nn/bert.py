@@ -8,6 +8,7 @@ and Zaharia, "ColBERT", 2020.  Blocks are post-norm: ``x = norm(x + f(x))``.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -18,7 +19,7 @@ from jaxtyping import Array, Bool, Float, Int
 from zoo.nn.attention import MultiHeadAttention, padding_to_mask
 from zoo.nn.bert_heads import ACTIVATIONS, MaskedLMHead, SentenceHead, l2_normalise, layer_norm, masked_mean
 from zoo.nn.dropout import dropout, layer_keys
-from zoo.nn.partitioning import EMBED, HEADS, MLP, Dense, Embed
+from zoo.nn.partitioning import EMBED, HEADS, MLP, Dense, Embed, unbox
 
 HEAD_KINDS = ("none", "mlm", "classifier", "dual", "cross", "colbert")
 
@@ -41,7 +42,8 @@ class BERTConfig:
       activation: ``gelu`` (exact), ``gelu_tanh`` or ``relu``.
       epsilon: of all norms.
       causal: whether a token sees only those before it (decoder use).
-      cross_attention: whether each block also reads a ``context`` (decoder use); needs ``causal``.
+      cross_attention: whether each block also reads a ``context``, if the call has one: a decoder's, or, without
+        ``causal``, the weights of an encoder and of a fusion encoder in one (the context must be there at ``init``).
       pooler: whether to make ``pooled``, a tanh layer on the first token.
       next_sentence: whether to score "is the next sentence" from ``pooled`` (BERT's pre-training).
       head: ``none``; ``mlm``: a score per word and token; ``classifier``: ``num_labels`` scores per text; ``cross``:
@@ -101,8 +103,6 @@ class BERTConfig:
             raise ValueError(f"head must be one of {', '.join(HEAD_KINDS)}, got {self.head!r}")
         if self.pooling not in ("cls", "mean"):
             raise ValueError(f"pooling must be cls or mean, got {self.pooling!r}")
-        if self.cross_attention and not self.causal:
-            raise ValueError("cross_attention needs a decoder: set causal=True")
         if self.head == "colbert" and self.projection is None:
             raise ValueError("head 'colbert' needs projection, the width of its vectors (128 as published)")
         reads_pooled = self.next_sentence or (self.head in ("classifier", "cross") and self.head_activation is None)
@@ -180,22 +180,30 @@ class BERTBlock(nn.Module):
 
     Attributes:
       config, dtype, param_dtype: see :class:`BERT`.
+      probabilities: whether to return the cross-attention's.
     """
 
     config: BERTConfig
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
+    probabilities: bool = False
 
     @nn.compact
     def __call__(
         self,
         x: Float[Array, "b t d"],
-        mask: Bool[Array, "b 1 1 t"] | None,
-        context: Float[Array, "b s e"] | None,
-        context_mask: Bool[Array, "b 1 1 s"] | None,
+        mask: Bool[Array, "b 1 #t s"] | None,
+        context: Float[Array, "b c e"] | None,
+        context_mask: Bool[Array, "b 1 1 c"] | None,
         keys: Array | None,
-    ) -> Float[Array, "b t d"]:
-        """``[B, T, width] -> [B, T, width]``; masks tell which keys are real."""
+        cache: Mapping[str, Array] | None = None,
+        index: Int[Array, ""] | None = None,
+    ) -> tuple[Float[Array, "b t d"], dict[str, Any]]:
+        """``[B, T, width] -> [B, T, width]``; masks tell which keys are real.
+
+        Beside it ``probabilities`` (on request) and, with ``cache`` (this layer's, see :meth:`BERT.init_cache`),
+        ``key`` and ``value`` with those of ``x`` written at ``index``.
+        """
         config = self.config
         settings = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         norm = lambda name: layer_norm(config.epsilon, self.dtype, self.param_dtype, name)  # noqa: E731
@@ -203,15 +211,26 @@ class BERTBlock(nn.Module):
         attend = lambda name: MultiHeadAttention(  # noqa: E731
             config.num_heads, attention_dropout=config.attention_dropout, name=name, **settings
         )
-        y = attend("attention")(x, mask=mask, causal=config.causal, keys=layer_keys(keys, 0))
+        out: dict[str, Any] = {}
+        if cache is None:
+            y = attend("attention")(x, mask=mask, causal=config.causal, keys=layer_keys(keys, 0))
+        else:
+            own = cache["key"], cache["value"]
+            y, found = attend("attention")(x, mask=mask, keys=layer_keys(keys, 0), cache=own, index=index)
+            out["key"], out["value"] = found["cache"]
         x = norm("attention_norm")(x + dropout(y, out_rate, layer_keys(keys, 1)))
-        # without a context the block is a plain decoder's, as in the reference library
-        if config.cross_attention and context is not None:
-            y = attend("cross_attention")(x, context, mask=context_mask, keys=layer_keys(keys, 2))
+        read = (cache["context_key"], cache["context_value"]) if cache is not None and "context_key" in cache else None
+        # without a context the block is a plain one, as in the reference library
+        if config.cross_attention and (context is not None or read is not None):
+            options = {"keys": layer_keys(keys, 2), "probabilities": self.probabilities, "cache": read}
+            y = attend("cross_attention")(x, context, mask=context_mask, **options)
+            if isinstance(y, tuple):
+                y, found = y
+                out |= {k: v for k, v in found.items() if k == "probabilities"}
             x = norm("cross_attention_norm")(x + dropout(y, out_rate, layer_keys(keys, 3)))
         y = ACTIVATIONS[config.activation](Dense(config.mlp_width, (EMBED, MLP), name="up", **settings)(x))
         y = Dense(config.width, (MLP, EMBED), name="down", **settings)(y)
-        return norm("mlp_norm")(x + dropout(y, config.dropout, layer_keys(keys, 4)))
+        return norm("mlp_norm")(x + dropout(y, config.dropout, layer_keys(keys, 4))), out
 
 
 class BERT(nn.Module):
@@ -242,6 +261,8 @@ class BERT(nn.Module):
         hidden_states: bool = False,
         train: bool = False,
         keys: Array | None = None,
+        probabilities_of: int | None = None,
+        cache: Mapping[str, Any] | None = None,
     ) -> dict[str, Any]:
         """Encodes texts.
 
@@ -258,16 +279,20 @@ class BERT(nn.Module):
             say); by default ``padding_mask``.
           hidden_states: whether to return every block's input and the last one's output.
           train, keys: dropout is on if both are given; one key per example.
+          probabilities_of: the block whose cross-attention probabilities to return; never all of them.
+          cache: from :meth:`init_cache` or the call before: ``ids`` are the tokens that follow (all real), and the
+            context is read from the cache.
 
         Returns:
           A dict: ``tokens [B, T, width]``; ``hidden_states`` (on request), ``depth + 1`` arrays like it; ``pooled
           [B, width]`` (pooler); ``next_sentence [B, 2]``; ``logits``: ``[B, T, vocab]`` (mlm) or ``[B, num_labels]``
           (classifier); ``scores [B]`` (cross); ``embedding [B, projection or width]`` (dual); ``vectors
-          [B, T, projection]`` (colbert), zero at padding.
+          [B, T, projection]`` (colbert), zero at padding; ``probabilities [B, heads, T, S]`` (on request), which sum
+          to 1 over the real context; ``cache``, advanced.
 
         Raises:
           ValueError: neither or both of ids and embeddings, a text longer than the position table, token types or a
-            context for a model without them.
+            context for a model without them, probabilities of a block that has none, or a cache for an encoder.
         """
         config = self.config
         keys = keys if train else None
@@ -277,7 +302,20 @@ class BERT(nn.Module):
             raise ValueError("token_types given, but the model has none (config.token_types = 0): leave them out")
         if context is not None and not config.cross_attention:
             raise ValueError("context given, but the model does not read one: set config.cross_attention=True")
+        if probabilities_of is not None and (context is None or not 0 <= probabilities_of < config.depth):
+            raise ValueError(
+                f"probabilities_of = {probabilities_of} needs a context and one of the {config.depth} blocks, from 0"
+            )
         source = ids if embeddings is None else embeddings
+        mask, context_mask, index = padding_to_mask(padding_mask), padding_to_mask(context_padding_mask), None
+        if cache is not None:
+            if not config.causal or config.pad_id is not None:
+                raise ValueError("a cache is for a decoder (config.causal) that counts positions from 0 (pad_id None)")
+            index, context_mask = cache["index"], padding_to_mask(cache["context_mask"])
+            new = index + jnp.arange(source.shape[1])
+            positions = new[None] if positions is None else positions
+            seen = jnp.arange(cache["key"].shape[2]) <= new[:, None]
+            mask = jnp.broadcast_to(seen, (source.shape[0], 1, *seen.shape))
         if positions is None:
             positions = self._positions(ids, source.shape[:2])
         table = TextEmbeddings(
@@ -288,12 +326,20 @@ class BERT(nn.Module):
         x = dropout(x, config.dropout, layer_keys(keys, 0))
         states = [x]
         block = nn.remat(BERTBlock) if self.remat else BERTBlock
-        mask, context_mask = padding_to_mask(padding_mask), padding_to_mask(context_padding_mask)
+        out: dict[str, Any] = {}
+        written: list[dict[str, Any]] = []
         for i in range(config.depth):
-            layer = block(config, self.dtype, self.param_dtype, name=f"layer{i}")
-            x = layer(x, mask, context, context_mask, layer_keys(keys, i + 1))
+            layer = block(config, self.dtype, self.param_dtype, i == probabilities_of, name=f"layer{i}")
+            own = None if cache is None else {k: v[i] for k, v in cache.items() if k.endswith(("key", "value"))}
+            x, found = layer(x, mask, context, context_mask, layer_keys(keys, i + 1), own, index)
+            if "probabilities" in found:
+                out["probabilities"] = found["probabilities"]
+            written.append(found)
             states.append(x)
-        out: dict[str, Any] = {"tokens": x}
+        out["tokens"] = x
+        if cache is not None:
+            kept = {k: jnp.stack([layer[k] for layer in written]) for k in ("key", "value")}
+            out["cache"] = {**cache, **kept, "index": index + source.shape[1]}
         if hidden_states:
             out["hidden_states"] = tuple(states)
         head_mask = padding_mask if head_mask is None else head_mask
@@ -334,6 +380,45 @@ class BERT(nn.Module):
         settings = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         project = Dense(self.config.projection, axes, use_bias, name="projection", **settings)
         return project(x.astype(self.dtype)).astype(jnp.float32)
+
+    def init_cache(
+        self, params: Mapping[str, Any], context: Float[Array, "b s e"], mask: Bool[Array, "b s"] | None, length: int
+    ) -> dict[str, Array]:
+        """What a decoder keeps between calls: keys and values of up to ``length`` tokens, and those of the context.
+
+        Args:
+          params: this module's.
+          context, mask: what cross-attention reads ``[B, S, width']`` and where it is real; projected once, here.
+          length: the most tokens that will follow.
+
+        Returns:
+          ``key``, ``value [depth, B, length, heads, head_dim]``, ``context_key``, ``context_value`` (S in place of
+          ``length``), ``context_mask [B, S]`` and ``index``, the number of tokens so far.
+
+        Raises:
+          ValueError: no cross-attention, or more tokens than positions.
+        """
+        config = self.config
+        if not config.cross_attention:
+            raise ValueError("the model does not read a context: set config.cross_attention=True")
+        if length > config.max_positions:
+            raise ValueError(f"a cache of {length} tokens, but there are positions for {config.max_positions}")
+        heads = (*context.shape[:2], config.num_heads, config.width // config.num_heads)
+
+        def project(name):
+            found = []
+            for i in range(config.depth):
+                own = unbox(params)[f"layer{i}"]["cross_attention"][name]
+                y = context.astype(self.dtype) @ own["kernel"].astype(self.dtype) + own["bias"].astype(self.dtype)
+                found.append(y.reshape(heads))
+            return jnp.stack(found)
+
+        empty = jnp.zeros((config.depth, heads[0], length, *heads[2:]), self.dtype)
+        real = jnp.ones(context.shape[:2], bool) if mask is None else mask
+        return {
+            "key": empty, "value": empty, "context_key": project("key"), "context_value": project("value"),
+            "context_mask": real, "index": jnp.zeros((), jnp.int32),
+        }  # fmt: skip
 
     def _positions(self, ids: Array | None, shape: tuple[int, int]) -> Array:
         pad, length = self.config.pad_id, shape[1]

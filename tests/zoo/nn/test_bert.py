@@ -189,7 +189,6 @@ def test_dropout_belongs_to_the_example(where):
         ({"head": "ner"}, "head must be one of none, mlm"),
         ({"activation": "silu"}, "activation must be one of gelu"),
         ({"pooling": "max"}, "pooling must be cls or mean, got 'max'"),
-        ({"cross_attention": True}, "set causal=True"),
         ({"head": "colbert"}, "needs projection"),
         ({"head": "classifier", "pooler": False, "next_sentence": False}, "set pooler=True"),
         ({"pooler": False}, "set pooler=True"),
