@@ -196,6 +196,7 @@ def test_the_claim():
 def test_search_is_faster_than_exact_search_at_equal_recall():
     from trainers.bench import run_one
 
-    for benchmark in bench_search.search_benchmarks(100_000, 768, 160, 100.0):
+    # one query at a time the scan is bound by bandwidth; 128 at a time by the selection of candidates
+    for benchmark, least in zip(bench_search.search_benchmarks(100_000, 768, 160, 100.0), (2.0, 1.0), strict=True):
         row = run_one(benchmark, 1e11, 1e10)
-        assert row["speedup_over_mips_topk"] > 1.5 and row["speedup_over_numpy_argpartition"] > 1.5, row
+        assert row["speedup_over_mips_topk"] > least and row["speedup_over_numpy_argpartition"] > least, row
