@@ -7,6 +7,11 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = sorted((ROOT / "colabs").glob("*.ipynb"))
+SAYS = {
+    "quickstart": ("dbpm", "plug-in on", "features (96, 32)"),
+    "retrieval": ("BM25", "ADORE + LeanVec", "MUVERA", "ANNCUR", "ADORE + DBNorm", "PR AUC", "interpolation"),
+}
+"""What a run of each prints, among other things."""
 
 
 def read(path):
@@ -16,8 +21,16 @@ def read(path):
     return notebook
 
 
-def test_there_is_a_quickstart():
-    assert "quickstart.ipynb" in [p.name for p in NOTEBOOKS]
+def test_there_is_a_quickstart_and_every_notebook_says_something():
+    assert set(SAYS) == {p.stem for p in NOTEBOOKS}
+
+
+def test_a_family_notebook_has_a_section_for_each_of_its_methods():
+    import zoo
+
+    for card in zoo.cards("retrieval"):
+        source = (ROOT / "colabs" / "retrieval.ipynb").read_text()
+        assert f"{card.name}" in source, f"{card.name} has no section in colabs/retrieval.ipynb"
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
@@ -53,4 +66,4 @@ def test_runs_at_a_small_size(path, tmp_path, monkeypatch):
     pictures = [o.data["image/png"] for o in outputs if "image/png" in o.get("data", {})]
     assert pictures and all(len(p) > 5000 for p in pictures)
     text = "".join(o.text for o in outputs if o.output_type == "stream" and o.name == "stdout")
-    assert "dbpm" in text and "plug-in on" in text and "features (96, 32)" in text
+    assert not [words for words in SAYS[path.stem] if words not in text]

@@ -137,6 +137,14 @@ def test_a_small_transformer_runs_too(folder, tmp_path):
     assert "adore/mrr_at_10" not in found["metrics"] and "random/mrr_at_10" not in found["metrics"]
 
 
+def test_steps_are_passes_over_the_queries_unless_given(folder):
+    made = recipe.Recipe(data=Data(path=str(folder)), **{**TINY, "warmup_steps": -1, "star_steps": -1, "epochs": 3})
+    steps = {p.name: p.steps for p in made.build().phases if p.name.endswith(("training", "warmup"))}
+    per_epoch = -(-len(text_collection(made.data, 0).splits["train"]) // 8)
+    assert steps == {"warmup": 3 * per_epoch, "random_training": 3 * per_epoch, "star_training": 3 * per_epoch,
+                     "adore_training": 4}  # fmt: skip
+
+
 def test_arms():
     assert recipe.arm("warm-up only", 0)["mrr_at_10"] > 0.5
     with pytest.raises(UserError, match="unknown arm 'best'"):
@@ -156,6 +164,9 @@ def test_table_of_figures():
         ({"top_k": 601}, r"--top-k 601 must be in \[1, 600\], the number of documents"),
         ({"mined": 600}, "--mined 600 must be below 600"),
         ({"hard": 0}, "--hard must be at least 1"),
+        ({"epochs": 0}, "--epochs must be at least 1"),
+        ({"star_steps": 0}, "--star-steps must be at least 1, or -1 for --epochs passes; got 0"),
+        ({"adore_steps": -2}, "--adore-steps must be at least 0, or -1 for --epochs passes; got -2"),
         ({"random_weight": -1.0}, "--random-weight must not be negative"),
         ({"query_length": 2}, "a row needs at least 3 tokens, got length 2"),
         ({"vocab_size": 3}, "--vocab-size must be at least 6"),

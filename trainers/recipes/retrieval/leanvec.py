@@ -187,6 +187,9 @@ class Recipe(base.Recipe):
             if m < self.dim:
                 warnings.warn(f"K_Q has rank {m} < {self.dim}; maps are under-determined", stacklevel=2)
         metric = "ip" if self.metric == "cosine" else self.metric
+        if metric == "l2" and self.maps != "pca":
+            text = "OOD maps approximate inner products; normalise vectors or use PCA (--maps pca)"
+            raise UserError(f"--metric l2 with --maps {self.maps}: {text}")
         try:
             for split in ("base", "learn", "queries"):
                 if split in data.splits:

@@ -67,16 +67,18 @@ class Recipe(base.Recipe):
     """tokens of a query, special ones included"""
     document_length: int = 256
     """tokens of a document, special ones included"""
-    optimizer: Optimizer = Optimizer(learning_rate=2e-3, schedule="linear", warmup_steps=20)
+    optimizer: Optimizer = Optimizer(learning_rate=1e-3, schedule="linear", warmup_steps=20)
     """optimiser of warm-up and STAR"""
-    adore_optimizer: Optimizer = Optimizer(learning_rate=1e-3, schedule="linear", warmup_steps=20)
+    adore_optimizer: Optimizer = Optimizer(learning_rate=3e-4, schedule="linear", warmup_steps=20)
     """optimiser of ADORE"""
-    warmup_steps: int = 400
-    """steps against random negatives before mining"""
-    star_steps: int = 400
-    """steps of STAR"""
-    adore_steps: int = 400
-    """steps of ADORE; 0 stops after STAR"""
+    epochs: int = 20
+    """passes over the training queries in each training whose steps are not given"""
+    warmup_steps: int = -1
+    """steps against random negatives before mining; -1 for --epochs passes, 0 for none"""
+    star_steps: int = -1
+    """steps of STAR; -1 for --epochs passes"""
+    adore_steps: int = -1
+    """steps of ADORE; -1 for --epochs passes, 0 stops after STAR"""
     batch_size: int = 32
     """queries per step"""
     hard: int = 1
@@ -108,6 +110,10 @@ class Recipe(base.Recipe):
         corpus, asked = texts.documents, texts.queries[train]
         stream = training_stream({"query": asked, "positives": positives}, self.batch_size, self.seed)
         measure = _measurement(towers, texts, test)
+        passes = self.epochs * stream.steps_per_epoch
+        warmup_steps, star_steps, adore_steps = (
+            passes if n < 0 else n for n in (self.warmup_steps, self.star_steps, self.adore_steps)
+        )
         encode = jax.jit(lambda p, x: towers.document(p, x))
 
         def init(rng):
@@ -157,27 +163,27 @@ class Recipe(base.Recipe):
         weight = self.random_weight or None
         random = star_adore.star(towers, "random", in_batch=False, name="random negatives")
         hard = star_adore.star(towers, "hard", True, self.hard, weight)
-        optimizer = self.optimizer.build(self.star_steps)
+        optimizer = self.optimizer.build(star_steps)
         phases: list[Any] = [Fit("start", begin)]
-        if self.warmup_steps:
-            tx = self.optimizer.build(self.warmup_steps)
-            phases.append(Train("warmup", self.warmup_steps, random, tx, stream))
+        if warmup_steps:
+            tx = self.optimizer.build(warmup_steps)
+            phases.append(Train("warmup", warmup_steps, random, tx, stream))
         if self.compare:
             phases += [
                 Fit("warm", keep),
-                Train("random_training", self.star_steps, random, optimizer, stream),
+                Train("random_training", star_steps, random, optimizer, stream),
                 Fit("random", back),
             ]
         phases += [
             Fit("mine", mine),
-            Train("star_training", self.star_steps, hard, optimizer, stream),
+            Train("star_training", star_steps, hard, optimizer, stream),
             Fit("star", freeze),
         ]
-        if self.adore_steps:
+        if adore_steps:
             dynamic = star_adore.adore(towers, self.top_k, self.metric_cut)
-            tx = self.adore_optimizer.build(self.adore_steps)
+            tx = self.adore_optimizer.build(adore_steps)
             phases += [
-                Train("adore_training", self.adore_steps, dynamic, tx, stream, sharded=("index",)),
+                Train("adore_training", adore_steps, dynamic, tx, stream, sharded=("index",)),
                 Fit("adore", last),
             ]
 
@@ -196,12 +202,16 @@ class Recipe(base.Recipe):
     # --- settings -----------------------------------------------------------------------------------------------------
 
     def _check_numbers(self) -> None:
-        for name in ("width", "depth", "star_steps", "batch_size", "hard", "mined", "top_k"):
+        for name in ("width", "depth", "epochs", "batch_size", "hard", "mined", "top_k"):
             if getattr(self, name) < 1:
                 raise UserError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}")
-        for name in ("warmup_steps", "adore_steps", "random_weight"):
-            if not getattr(self, name) >= 0:
-                raise UserError(f"--{name.replace('_', '-')} must not be negative, got {getattr(self, name)}")
+        for name in ("warmup_steps", "star_steps", "adore_steps"):
+            least = 1 if name == "star_steps" else 0
+            if getattr(self, name) < least and getattr(self, name) != -1:
+                text = f"--{name.replace('_', '-')} must be at least {least}, or -1 for --epochs passes"
+                raise UserError(f"{text}; got {getattr(self, name)}")
+        if not self.random_weight >= 0:
+            raise UserError(f"--random-weight must not be negative, got {self.random_weight}")
         if self.metric_cut < 1:
             raise UserError(f"--metric-cut must be a positive int (0 would zero the loss), got {self.metric_cut}")
         if self.backbone and self.encoder != "bert":
