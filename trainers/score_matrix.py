@@ -86,16 +86,21 @@ def _open(file: Any, shape: tuple[int, int], step: int, leaves: dict[str, np.nda
         return np.zeros(shape, np.float32), [], None
     file = Path(file)
     ledger = file.with_name(file.name + ".blocks.json")
+    fresh = {"of": _of(leaves), "rows": step, "done": []}
     if not ledger.exists():
         if file.exists():
             raise UserError(f"{file} is there, but not {ledger.name}: it was not begun here; choose another file")
-        made = np.lib.format.open_memmap(file, "w+", np.float32, shape)
-        _write(ledger, {"of": _of(leaves), "rows": step, "done": []})
-        return made, [], ledger
+        _write(ledger, fresh)
     try:
         kept = json.loads(ledger.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{ledger}: cannot be read ({str(error).splitlines()[0]}); remove it and {file}") from None
+    if kept == fresh:
+        # nothing is complete: the file may not even be whole
+        return np.lib.format.open_memmap(file, "w+", np.float32, shape), [], ledger
+    try:
         found = np.lib.format.open_memmap(file, "r+")
-        same = kept["of"] == _of(leaves) and kept["rows"] == step and found.shape == shape
+        same = kept["of"] == fresh["of"] and kept["rows"] == step and found.shape == shape
         done = [int(i) for i in kept["done"]]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{file}: cannot be continued ({str(error).splitlines()[0]}); remove it and {ledger}") from None

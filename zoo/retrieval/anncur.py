@@ -35,9 +35,9 @@ from zoo.ops.blocks import in_blocks
 from zoo.ops.search import Ranking, mips_topk, rerank, sharded_mips_topk
 
 __all__ = [
-    "CURConfig", "CURIndex", "check_anchors", "check_scores", "cross_encoder", "cur_fit", "cur_oracle", "cur_scores", "cur_search",
-    "cur_weights", "distil", "example_losses", "fixed_anchor_index", "pair_scorer", "pseudo_inverse", "relative_error",
-    "sample_anchors", "score_rows",
+    "CURConfig", "CURIndex", "check_anchors", "check_scores", "cross_encoder", "cur_fit", "cur_oracle", "cur_scores",
+    "cur_search", "cur_weights", "distil", "example_losses", "fixed_anchor_index", "pair_scorer", "pseudo_inverse",
+    "relative_error", "sample_anchors", "score_rows",
 ]  # fmt: skip
 
 AnyKey = Key[Array, ""] | UInt[Array, "2"]
@@ -104,8 +104,7 @@ def pair_scorer(score_pairs: Callable[[PyTree, PyTree], Array], items: PyTree, b
 
     Args:
       score_pairs: ``(queries, items) -> [p]``: arrays of p queries and p items, row by row.
-      items: arrays with leading axis N.
-      block: pairs scored at a time.
+      items, block: arrays with leading axis N; pairs scored at a time.
     """
 
     def score(queries, ids):
@@ -133,8 +132,7 @@ class CURConfig:
     """What an index was made with, for exported models.
 
     Attributes:
-      anchor_queries, anchor_items: k_q and k_i.
-      rcond, ridge: see :func:`pseudo_inverse`.
+      anchor_queries, anchor_items, rcond, ridge: k_q, k_i; see :func:`pseudo_inverse`.
     """
 
     anchor_queries: int
@@ -338,12 +336,8 @@ def cur_search(
         anchor_scores = in_blocks(lambda q: score_fn(q, everyone(q)), queries, batch)
     paper = variant == "paper"
     mask = jnp.ones(n, bool).at[anchors].set(False) if paper else None
-    if mesh is None:
-        _, candidates = mips_topk(anchor_scores, index.item_embeddings, num_rerank, chunk, mask)
-    else:
-        _, candidates = sharded_mips_topk(
-            anchor_scores, index.item_embeddings, num_rerank, mesh, axis, chunk, mask
-        )  # fmt: skip
+    search, where = (mips_topk, ()) if mesh is None else (sharded_mips_topk, (mesh, axis))
+    _, candidates = search(anchor_scores, index.item_embeddings, num_rerank, *where, chunk, mask)
     known = (anchor_scores, jnp.broadcast_to(anchors, anchor_scores.shape)) if paper else None
     scorer = lambda query, ids: score_fn(jax.tree.map(lambda x: x[None], query), ids[None])[0]  # noqa: E731
     found = rerank(queries, jnp.arange(n, dtype=jnp.int32), candidates, scorer, k, batch, known)
@@ -461,18 +455,10 @@ CARD = Card(
         "re-ranked by exact calls. No dual encoder is needed."
     ),
     citation="Yadav, Monath, Angell, Zaheer, McCallum; EMNLP 2022; arXiv 2210.12579",
-    plugs_into=(
-        "any scorer of pairs as a black box",
-        "a matrix of scores computed before",
-        "item embeddings by rows over devices",
-    ),
+    plugs_into=("any scorer of pairs", "a matrix of scores computed before", "item embeddings over devices"),
     pieces=(
         "zoo.nn.cross_encoder:CrossEncoder",
         "zoo.nn.cross_encoder:join_pairs",
-        "zoo.nn.cross_encoder:check_tags",
-        "sample_anchors",
-        "check_anchors",
-        "check_scores",
         "pair_scorer",
         "score_rows",
         "pseudo_inverse",
@@ -480,15 +466,11 @@ CARD = Card(
         "cur_scores",
         "cur_weights",
         "cur_oracle",
-        "fixed_anchor_index",
-        "relative_error",
         "cur_search",
-        "example_losses",
         "cross_encoder",
         "distil",
         "zoo.ops.search:rerank",
-        "zoo.metrics.ranking:topk_overlap",
-    ),  # fmt: skip
+    ),
     claim=Claim(
         statement=(
             "With 50 calls of the exact scorer a query, CUR (20 anchor items, 30 re-ranked) finds more of the exact "
@@ -506,10 +488,8 @@ CARD = Card(
     cost="fit O(k_q k_i min(k_q, k_i) + k_q k_i N); search O(k_i N) and k_i + k_r scorer calls; no matrix [queries, N]",
     official_code="iesl/anncur (Apache-2.0)",
     departures=(
-        "singular values below rcond = 1e-3 of the largest are cut; the released code cuts none (1e-15), and recall "
-        "dips where k_i is near k_q",
-        "anchor items are known exactly, so they join the ranking for free and other items are re-ranked "
-        "(variant='official': neither)",
+        "singular values below rcond = 1e-3 of the largest are cut; the released 1e-15 lets recall dip at k_i = k_q",
+        "anchor items join the ranking for free and other items are re-ranked (variant='official': neither)",
         "the released CURApprox asserts equality without .all() and fails on any matrix; anchors are sorted here",
         "padding between query and item has no position; the released code counts it",
         "hinge losses are margins between the positive and each negative; the released ones threshold each score",
