@@ -24,19 +24,35 @@ def overlap(ids: np.ndarray, truth: np.ndarray) -> float:
     return float(jnp.mean(topk_overlap(jnp.asarray(ids), jnp.asarray(truth))))
 
 
+@jax.jit
+def _weights(columns: Any, own: Any, rcond: Any) -> Any:
+    return jnp.matmul(own, anncur.pseudo_inverse(columns, rcond), precision="highest")
+
+
 @functools.partial(jax.jit, static_argnums=4)
-def first_stage(rows: Any, own: Any, anchors: Any, rcond: Any, depth: int) -> tuple[Any, Any]:
-    """Predicted scores' best items that are no anchors, ids ``[q, depth]``, and the embeddings of items.
+def _predict(weights: Any, rows: Any, exact: Any, mask: Any, depth: int) -> tuple[Any, Any]:
+    wrong = jnp.matmul(weights, rows, precision="highest") - exact
+    return mips_topk(weights, rows.T, depth, mask=mask)[1], jnp.linalg.norm(wrong) / jnp.linalg.norm(exact)
+
+
+def first_stage(
+    rows: np.ndarray, exact: np.ndarray, anchors: np.ndarray, rcond: float, depth: int
+) -> tuple[np.ndarray, float]:
+    """The items predicted best that are no anchors, ids ``[q, depth]``, and the prediction's relative error.
+
+    Queries are written as combinations of the anchor queries, so that one program serves every number of anchors.
 
     Args:
       rows: anchor queries' scores ``[k_q, N]``.
-      own: the queries' scores of the anchors ``[q, k_i]``.
+      exact: the queries' own ``[q, N]``; only the anchors' columns are used to predict.
       anchors, rcond: see ``zoo.retrieval.anncur.cur_fit``.
-      depth: how many.
+      depth: how many; ``-1`` where fewer are left.
     """
-    index = anncur.cur_fit(rows, anchors, rcond)
-    mask = jnp.ones(rows.shape[1], bool).at[anchors].set(False)
-    return mips_topk(own, index.item_embeddings, depth, mask=mask)[1], index.item_embeddings
+    mask = np.ones(rows.shape[1], bool)
+    mask[anchors] = False
+    weights = _weights(rows[:, anchors], exact[:, anchors], rcond)
+    found, error = _predict(weights, rows, exact, mask, depth)
+    return np.asarray(found), float(error)
 
 
 def recall_by_depth(found: np.ndarray, truth: np.ndarray, free: np.ndarray) -> np.ndarray:
@@ -79,10 +95,8 @@ def recall_curves(
     depth = min(max(budgets), n)
     cur = np.zeros(len(budgets))
     for number, count in enumerate(c for c in k_i if c + k <= max(budgets)):
-        anchors = anncur.sample_anchors(jax.random.fold_in(rng, number), n, count)
-        own = jnp.asarray(exact[:, np.asarray(anchors)])
-        found = np.asarray(first_stage(jnp.asarray(rows), own, anchors, rcond, depth)[0])
-        by_depth = recall_by_depth(found, truth, np.asarray(anchors))
+        anchors = _draw(rng, number, n, count)
+        by_depth = recall_by_depth(first_stage(rows, exact, anchors, rcond, depth)[0], truth, anchors)
         here = [by_depth[min(b - count, depth)] if b >= count + k else 0.0 for b in budgets]
         cur = np.maximum(cur, here)
     seed = int(jax.random.randint(rng, (), 0, 2**31 - 1))
@@ -103,15 +117,19 @@ def recall_dip(
     k_q, n = rows.shape
     sizes = sorted({min(n, max(1, round(k_q * share))) for share in (0.1, 0.3, 0.6, 0.9, 1.0, 1.1, 1.5)})
     found = np.zeros((2, len(cutoffs), len(sizes)))
+    depth = min(max(num_rerank, 500), n)  # that of the curves: one program
     for j, count in enumerate(sizes):
-        anchors = anncur.sample_anchors(jax.random.fold_in(rng, 1000 + j), n, count)
-        own = jnp.asarray(exact[:, np.asarray(anchors)])
+        anchors = _draw(rng, 1000 + j, n, count)
         for i, rcond in enumerate(cutoffs):
-            ids, embeddings = first_stage(jnp.asarray(rows), own, anchors, rcond, num_rerank)
-            found[0, i, j] = recall_by_depth(np.asarray(ids), truth, np.asarray(anchors))[-1]
-            wrong = np.asarray(own) @ np.asarray(embeddings).T - exact
-            found[1, i, j] = np.linalg.norm(wrong) / np.linalg.norm(exact)
+            ids, found[1, i, j] = first_stage(rows, exact, anchors, rcond, depth)
+            found[0, i, j] = recall_by_depth(ids[:, :num_rerank], truth, anchors)[-1]
     return {"sizes": np.array(sizes), "cutoffs": np.array(cutoffs), "recall": found[0], "error": found[1]}
+
+
+def _draw(rng: Any, number: int, items: int, count: int) -> np.ndarray:
+    # a host's draw: one of jax's would be compiled for each count
+    seed = int(jax.random.randint(jax.random.fold_in(rng, number), (), 0, 2**31 - 1))
+    return np.sort(np.random.default_rng(seed).choice(items, count, replace=False))
 
 
 def draw(shown: Mapping[str, tuple[Mapping[str, Any], int]], file: Path) -> None:
@@ -147,5 +165,4 @@ def draw(shown: Mapping[str, tuple[Mapping[str, Any], int]], file: Path) -> None
             axis.set_ylim(-0.02, 1.22 if axis is right else 1.04)
             axis.legend(fontsize=7)
             axis.grid(alpha=0.25)
-    fig.tight_layout()
     plots.save(fig, file)

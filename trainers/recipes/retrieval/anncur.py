@@ -396,7 +396,8 @@ def benchmarks() -> list[Benchmark]:
     predict = lambda own, index: mips_topk(own, index.item_embeddings, 100)  # noqa: E731
     fit = lambda rows, anchors: anncur.cur_fit(rows, anchors).item_embeddings  # noqa: E731
     return [
-        Benchmark(f"cur_fit, {k_q} anchor queries, {k_i} of {n} items", fit, (rows, anchors), 2.0 * k_q * k_i * (n + k_i), 4.0 * n * (k_q + k_i), {"numpy": numpy_fit}),
+        Benchmark(f"cur_fit, {k_q} anchor queries, {k_i} of {n} items", fit, (rows, anchors),
+                  2.0 * k_q * k_i * (n + k_i), 4.0 * n * (k_q + k_i), {"numpy": numpy_fit}),
         Benchmark(f"first stage, {b} queries, top 100 of {n} x {k_i}", predict, (own, index), 2.0 * b * n * k_i,
                   4.0 * n * k_i, {"numpy_argpartition": numpy_search}),
     ]  # fmt: skip
