@@ -289,6 +289,7 @@ def rerank(
     scorer: Callable[[PyTree, PyTree], Array],
     k: int,
     batch: int = 8,
+    known: Found | None = None,
 ) -> Ranking:
     """Gathers each query's candidates and ranks them by an exact scorer.
 
@@ -297,13 +298,15 @@ def rerank(
       documents: arrays with leading axis n.
       candidates: ids, in any order, none twice; ``-1`` is no candidate.
       scorer: pure, ``(query, candidates) -> [c]``: one query's arrays and those of its c candidates.
-      k: how many to keep, in ``[1, c]``.
+      k: how many to keep, in ``[1, c]``, or ``[1, c + a]`` with ``known``.
       batch: queries scored at a time; memory is ``batch`` x c gathered documents.
+      known: exact scores ``[q, a]`` that have been paid for already, and their ids (``-1`` for none; none of them among
+        the candidates): they join the ranking without a call.
 
     Raises:
       ValueError: k out of range.
     """
-    width = candidates.shape[1]
+    width = candidates.shape[1] + (0 if known is None else known[1].shape[1])
     if not 1 <= k <= width:
         raise ValueError(f"k must be in [1, {width}], the number of candidates; got {k}")
     # rising ids make ties among exact scores fall to the lowest id; no candidate goes last
@@ -311,13 +314,19 @@ def rerank(
     ordered = jnp.sort(jnp.where(candidates < 0, last, candidates), -1)
 
     def one(row):
-        query, ids = row
+        query, ids, *more = row
         taken = jax.tree.map(lambda x: jnp.take(x, ids, axis=0, mode="clip"), documents)
         exact = jnp.where(ids == last, -jnp.inf, scorer(query, taken).astype(jnp.float32))
+        if more:
+            absent = more[1] < 0
+            ids = jnp.concatenate([ids, jnp.where(absent, last, more[1])])
+            exact = jnp.concatenate([exact, jnp.where(absent, -jnp.inf, more[0].astype(jnp.float32))])
+            order = jnp.argsort(ids)
+            ids, exact = ids[order], exact[order]
         scores, at = jax.lax.top_k(exact, k)
         return scores, jnp.where(ids[at] == last, -1, ids[at])
 
-    scores, ids = in_blocks(jax.vmap(one), (queries, ordered), batch)
+    scores, ids = in_blocks(jax.vmap(one), (queries, ordered, *(known or ())), batch)
     return Ranking(scores, ids, jnp.sum(candidates >= 0, -1, dtype=jnp.int32))
 
 
