@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import linen as nn
 from flax import traverse_util
 
 from checkpoints.arrays import few
@@ -347,14 +348,28 @@ def check_configurable(layout: Layout, module: Any, found: Plan) -> None:
     again = configured(layout, layout.to_config(module), shapes)
     if type(again) is not type(module):
         raise ImporterError(f"{layout.name} writes a {type(again).__name__}, not a {type(module).__name__}")
-    ours, theirs = getattr(module, "config", module), getattr(again, "config", again)
-    for field in dataclasses.fields(ours):
-        mine, its = getattr(ours, field.name), getattr(theirs, field.name)
-        if field.name not in ("parent", "name") and mine != its:
+    ours, theirs = _facts(module), _facts(again)
+    for name, mine in ours.items():
+        if mine != theirs[name]:
             raise ImporterError(
-                f"this {type(module).__name__} cannot be written as {layout.name}: {field.name} is {mine!r}, a file "
-                f"in that layout would have {its!r}"
+                f"this {type(module).__name__} cannot be written as {layout.name}: {name} is {mine!r}, a file "
+                f"in that layout would have {theirs[name]!r}"
             )
+
+
+def _facts(module: Any) -> dict[str, Any]:
+    """What a file decides of a module: its configuration, or its fields and those of the modules in them."""
+    if hasattr(module, "config"):
+        return {f.name: getattr(module.config, f.name) for f in dataclasses.fields(module.config)}
+    found = {}
+    for field in dataclasses.fields(module):
+        value = getattr(module, field.name)
+        if isinstance(value, nn.Module) and field.name != "parent":
+            found |= {field.name: type(value).__name__}
+            found |= {f"{field.name}.{name}": fact for name, fact in _facts(value).items()}
+        elif field.name not in ("parent", "name", "dtype", "param_dtype", "remat"):
+            found[field.name] = value
+    return found
 
 
 def _restricted(layout: Layout, module: Any, found: Plan, names: set[str]) -> Plan:

@@ -87,6 +87,10 @@ class DenseRetriever(nn.Module):
         x = Dense(self.features or x.shape[-1], (EMBED, None), kernel_init=start, name="projection", **settings)(x)
         return (layer_norm(1e-5, jnp.float32, self.param_dtype, "norm")(x) if self.norm else x).astype(jnp.float32)
 
+    def example_inputs(self, batch: int = 1) -> dict[str, jax.ShapeDtypeStruct]:
+        """Keyword arguments that touch every parameter."""
+        return {"ids": jax.ShapeDtypeStruct((batch, 2), jnp.int32)}
+
 
 Encode = Callable[[Mapping[str, Any], Any, Any], Any]
 

@@ -33,9 +33,9 @@ def rules(module: BERT) -> tuple[Rule, ...]:
     )
 
 
-def configure(config: Mapping[str, Any] | None, shapes: Shapes) -> BERT:
-    """The module for a config."""
-    fields = common(config, shapes, "hub-roberta", {**DEFAULTS, "vocab_size": 50265})
+def configure(config: Mapping[str, Any] | None, shapes: Shapes, name: str = "hub-roberta") -> BERT:
+    """The module for a config; ``name`` of the layout, for messages."""
+    fields = common(config, shapes, name, {**DEFAULTS, "vocab_size": 50265})
     choose(config, "model_type", dict.fromkeys(("roberta", "xlm-roberta", "camembert")), "roberta")
     pad = config.get("pad_token_id", 1)
     if pad is None:

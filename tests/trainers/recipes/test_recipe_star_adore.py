@@ -1,12 +1,15 @@
 """star_adore's recipe: its run and what it leaves, real folders, a backbone, its claim's arms, and what it refuses."""
 
 import json
+import shutil
 
+import golden_cases
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from checkpoints.importers.importing import import_model
 from checkpoints.model import load_model, save_model
 from data.bm25 import BM25
 from data.stream import DataError
@@ -20,6 +23,7 @@ from trainers.run import train
 from zoo.metrics import ranking
 from zoo.nn.bert import BERT, BERTConfig
 from zoo.nn.partitioning import unbox
+from zoo.nn.retriever import DenseRetriever, WeightedWords
 
 TINY = {"width": 16, "vocab_size": 400, "document_length": 24, "query_length": 12, "warmup_steps": 4, "star_steps": 4,
         "adore_steps": 4, "mined": 6, "top_k": 5, "batch_size": 8}  # fmt: skip
@@ -128,6 +132,76 @@ def test_a_backbone_is_where_the_encoder_starts(folder, tmp_path):
                            **{**TINY, "document_length": 64})  # fmt: skip
     with pytest.raises(UserError, match="the backbone reads 32 tokens"):
         longer.build()
+
+
+@pytest.fixture(scope="module")
+def retriever(tmp_path_factory):
+    """A released retriever as it is imported, RoBERTa's special tokens beside it."""
+    from tokenizers import Tokenizer as Core
+    from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import Whitespace
+
+    root = tmp_path_factory.mktemp("retriever")
+    source = golden_cases.FOLDER / "dense_retriever_ance"
+    shutil.copytree(source, root / "source", ignore=shutil.ignore_patterns("io.npz", "case.json"))
+    words = ["<s>", "<pad>", "</s>", "<unk>", *(f"w{i}" for i in range(4, 53))]
+    core = Core(WordLevel({w: i for i, w in enumerate(words)}, "<unk>"))
+    core.pre_tokenizer = Whitespace()
+    core.save(str(root / "source" / "tokenizer.json"))
+    import_model(str(root / "source"), root / "model")
+    return root / "model"
+
+
+SHORT = {**TINY, "document_length": 16, "compare": False, "encoder": "bert"}
+
+
+def test_a_retriever_as_backbone_starts_body_projection_and_norm(folder, retriever):
+    made = recipe.Recipe(data=Data(path=str(folder)), backbone=str(retriever), **SHORT)
+    run = made.build()
+    params = run.init(jax.random.key(0))["params"]
+    model = load_model(retriever)
+    own = dict(model.variables["params"])
+    own["body"] = {k: v for k, v in own["body"].items() if k != "pooler"}
+    jax.tree.map(np.testing.assert_array_equal, unbox(params)["encoder"], own)
+    # untrained, it is the published model
+    found = run.export({"params": params, "constants": {"documents": params}}, {})
+    assert (found.definition.features, found.definition.pad_id, found.definition.norm) == (16, 1, True)
+    assert found.definition.pooling == "first" and not found.definition.body.config.pooler
+    case = golden_cases.load("dense_retriever_ance")
+    ids = jnp.asarray(case.inputs["padded.ids"])
+    golden_cases.close(
+        found.definition.apply({"params": found.variables["params"]}, ids), case.outputs["padded.vector"]
+    )
+
+
+def test_a_retriever_of_our_own_keeps_its_settings(folder, tmp_path):
+    tokenizer = Tokenizer.train(text_collection(Data(path=str(folder)), 0).documents, 300)
+
+    def beside(place):
+        (place / "tokenizer").mkdir()
+        tokenizer.write(place / "tokenizer" / "tokenizer.json")
+
+    body = BERT(BERTConfig(tokenizer.vocab_size, 16, 1, 2, 32, 32))
+    for name, module in {
+        "mean": DenseRetriever(body, 8, "mean", norm=False, pad_id=tokenizer.pad),
+        "words": DenseRetriever(WeightedWords(tokenizer.vocab_size, 8)),
+        "pads": DenseRetriever(body, pad_id=tokenizer.pad + 1),
+    }.items():
+        save_model(tmp_path / name, module, module.init(jax.random.key(3), jnp.ones((1, 4), jnp.int32)), {}, {}, beside)
+    build = lambda name: recipe.Recipe(  # noqa: E731
+        data=Data(path=str(folder)), backbone=str(tmp_path / name), **SHORT
+    ).build()
+    run = build("mean")
+    params = run.init(jax.random.key(0))["params"]
+    jax.tree.map(
+        np.testing.assert_array_equal, unbox(params)["encoder"], load_model(tmp_path / "mean").variables["params"]
+    )
+    found = run.export({"params": params, "constants": {"documents": params}}, {}).definition
+    assert (found.features, found.pooling, found.norm) == (8, "mean", False)
+    with pytest.raises(UserError, match=r"words is a DenseRetriever over WeightedWords; a text encoder"):
+        build("words")
+    with pytest.raises(UserError, match=f"pads with {tokenizer.pad + 1}, but its tokenizer with {tokenizer.pad}"):
+        build("pads")
 
 
 def test_a_small_transformer_runs_too(folder, tmp_path):

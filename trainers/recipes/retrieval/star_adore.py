@@ -42,9 +42,9 @@ class Recipe(base.Recipe):
     stage is measured on the test queries, BM25 beside it (ranking.png, ranking.txt).
 
     The default is a generated language with synonyms. Real data: --data.path DIR with a BEIR, MS MARCO or Cranfield
-    folder. The paper's setting is --encoder bert --backbone DIR (zoo import roberta-base --to DIR) --optimizer.name
-    lamb --optimizer.learning-rate 1e-4 --batch-size 256 --query-length 24 --document-length 120 --star-steps 50000
-    --adore-optimizer.name adamw --adore-optimizer.learning-rate 5e-6.
+    folder. The paper's setting is --encoder bert --backbone DIR (zoo import roberta-base --to DIR, or the released
+    ANCE, STAR or ADORE) --optimizer.name lamb --optimizer.learning-rate 1e-4 --batch-size 256 --query-length 24
+    --document-length 120 --star-steps 50000 --adore-optimizer.name adamw --adore-optimizer.learning-rate 5e-6.
     """
 
     data: Data = Data("synonyms")
@@ -52,7 +52,8 @@ class Recipe(base.Recipe):
     encoder: Literal["words", "bert"] = "words"
     """words: weighted averages of word vectors; bert: a transformer (its first token)"""
     backbone: str = ""
-    """bert: folder of an imported text encoder, whose weights, configuration and tokenizer are used"""
+    """bert: folder of an imported text encoder, whose weights, configuration and tokenizer are used; of a dense
+    retriever (ANCE, STAR, ADORE) the projection and the norm too"""
     start: Literal["lsa", "random"] = "lsa"
     """words: begin with latent semantic vectors of the corpus and inverse document frequencies, or at random"""
     width: int = 128
@@ -98,12 +99,12 @@ class Recipe(base.Recipe):
         """The phases of the pipeline."""
         self._check_numbers()
         collection = text_collection(self.data, self.seed)
-        body, weights, tokenizer = self._body()
+        given, weights, tokenizer = self._backbone()
         texts = Texts.of(
             collection, self.query_length, self.document_length, self.vocab_size, self.tokenizer, tokenizer
         )
         self._check(texts)
-        module, start = self._encoder(texts, body, weights)
+        module, start = self._encoder(texts, given, weights)
         towers = shared_towers(module)
         train, test = collection.splits["train"], collection.splits["test"]
         positives = texts.relevant(train)[0]
@@ -225,7 +226,7 @@ class Recipe(base.Recipe):
         if self.mined >= n:
             raise UserError(f"--mined {self.mined} must be below {n}, the number of documents")
 
-    def _body(self) -> tuple[Any, Any, Tokenizer | None]:
+    def _backbone(self) -> tuple[Any, Any, Tokenizer | None]:
         if not self.backbone:
             return None, None, None
         from checkpoints.arrays import one_line
@@ -233,34 +234,46 @@ class Recipe(base.Recipe):
 
         try:
             model = load_model(self.backbone)
-            if not isinstance(model.definition, BERT):
-                kind = type(model.definition).__name__
+            whole = model.definition if isinstance(model.definition, DenseRetriever) else None
+            body = model.definition if whole is None else whole.body
+            if not isinstance(body, BERT):
+                kind = type(model.definition).__name__ + ("" if whole is None else f" over {type(body).__name__}")
                 raise UserError(f"--backbone {self.backbone} is a {kind}; a text encoder (BERT, RoBERTa) is needed")
             tokenizer = Tokenizer.of(model.tokenizer(), f"--backbone {self.backbone}: its tokenizer")
         except (ModelError, OSError) as error:
             raise UserError(f"--backbone {self.backbone}: {one_line(error)}") from None
         except DataError as error:
             raise UserError(str(error)) from None
-        config = dataclasses.replace(model.definition.config, head="none", pooler=False, next_sentence=False)
-        return BERT(config, jnp.dtype(self.dtype)), model.variables["params"], tokenizer
+        dtype, pad = jnp.dtype(self.dtype), tokenizer.pad
+        config = dataclasses.replace(body.config, head="none", pooler=False, next_sentence=False)
+        if whole is None:
+            module = DenseRetriever(BERT(config, dtype), None, "first", pad_id=pad, dtype=dtype)
+            return module, {"body": model.variables["params"]}, tokenizer
+        if whole.pad_id != pad:
+            raise UserError(f"--backbone {self.backbone} pads with {whole.pad_id}, but its tokenizer with {pad}")
+        module = DenseRetriever(BERT(config, dtype), whole.features, whole.pooling, whole.norm, pad, dtype)
+        return module, model.variables["params"], tokenizer
 
-    def _encoder(self, texts: Texts, body: Any, weights: Any):
+    def _encoder(self, texts: Texts, module: Any, weights: Any):
         pad, dtype, size = texts.tokenizer.pad, jnp.dtype(self.dtype), texts.tokenizer.vocab_size
         same = lambda params: params  # noqa: E731
-        if body is not None:
-            longest = body.config.max_positions - (0 if body.config.pad_id is None else body.config.pad_id + 1)
+        if module is not None:
+            config = module.body.config
+            longest = config.max_positions - (0 if config.pad_id is None else config.pad_id + 1)
             if max(self.query_length, self.document_length) > longest:
                 raise UserError(f"the backbone reads {longest} tokens: lower --document-length or --query-length")
 
             def loaded(params):
-                own = params["encoder"]["body"]
+                own = params["encoder"]
+                parts = {**own, "body": {k: weights["body"][k] for k in own["body"]}}
+                parts |= {k: weights[k] for k in own if k in weights and k != "body"}
                 # the weights take the places of the fresh ones, inside the boxes that name their axes
-                known = jax.tree.unflatten(jax.tree.structure(own), jax.tree.leaves({k: weights[k] for k in own}))
+                known = jax.tree.unflatten(jax.tree.structure(own), jax.tree.leaves(parts))
                 if jax.tree.map(jnp.shape, known) != jax.tree.map(jnp.shape, own):
                     raise UserError(f"--backbone {self.backbone}: its weights do not fit its configuration")
-                return {"encoder": {**params["encoder"], "body": known}}
+                return {"encoder": known}
 
-            return DenseRetriever(body, None, "first", pad_id=pad, dtype=dtype), loaded
+            return module, loaded
         if self.encoder == "bert":
             if self.width % 32:
                 raise UserError(f"--width {self.width} must be a multiple of 32 for --encoder bert (heads of 32)")
