@@ -151,6 +151,8 @@ def draw(shown: Mapping[str, tuple[Mapping[str, Any], int]], file: Path) -> None
         ):
             left.plot(kept["budgets"], curve, marker="o", markersize=3, linewidth=1.4, label=name, color=colour)
         left.set_xscale("log")
+        left.set_xticks(kept["budgets"], [str(b) for b in kept["budgets"]], fontsize=7)
+        left.minorticks_off()
         left.set_xlabel("scorer calls a query")
         left.set_ylabel(f"recall of the exact top {k}")
         left.set_title(f"{what}: recall against calls", fontsize=9)
