@@ -141,7 +141,7 @@ def draw(shown: Mapping[str, tuple[Mapping[str, Any], int]], file: Path) -> None
     """
     from trainers import plots
 
-    fig, axes = plots.figure(len(shown), 2, (9.0, 3.3 * len(shown)))
+    fig, axes = plots.figure(2, len(shown), (4.8, 3.3))
     for row, (what, (found, k)) in enumerate(shown.items()):
         kept = {name: np.asarray(v) for name, v in found.items()}
         left, right = axes[row, 0], axes[row, 1]

@@ -1,6 +1,7 @@
 """Recall by calls: re-ranking all that a first stage found, the baselines, and the dip."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -32,9 +33,10 @@ def test_the_first_stage_predicts_as_the_index_does():
     m = low_rank_scores(1, 30, 80, 10, 3)["queries"]["scores"]
     anchors = np.array([3, 20, 21, 60, 79])
     found, error = score_recall.first_stage(m[:12], m[12:], anchors, 1e-3, 78)
-    index = anncur.cur_fit(m[:12], anchors)
-    predicted = np.array(anncur.cur_scores(m[12:, anchors], index))
-    assert error == pytest.approx(float(anncur.relative_error(m[12:, anchors], index, m[12:])), rel=1e-4)
+    index = anncur.cur_fit(jnp.asarray(m[:12]), jnp.asarray(anchors))
+    own = jnp.asarray(m[12:, anchors])
+    predicted = np.array(anncur.cur_scores(own, index))
+    assert error == pytest.approx(float(anncur.relative_error(own, index, jnp.asarray(m[12:]))), rel=1e-4)
     predicted[:, anchors] = -np.inf
     wanted = np.argsort(-predicted, 1)[:, :75]
     assert (found[:, :75] == wanted).mean() > 0.99 and (found[:, 75:] == -1).all()

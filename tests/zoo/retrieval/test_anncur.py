@@ -303,11 +303,10 @@ def test_score_functions_from_pairs_and_whole_rows():
 
 def test_no_matrix_of_all_predictions_is_made():
     index = anncur.CURIndex(jnp.zeros((5000, 8)), jnp.arange(8, dtype=jnp.int32))
-    search = (
-        lambda rows, index: anncur.cur_search(  # noqa: E731
-            lambda q, ids: q[:, :1] * ids, rows, index, 5, 20, chunk=256
-        )
-    )
+
+    def search(rows, index):
+        return anncur.cur_search(lambda q, ids: q[:, :1] * ids, rows, index, 5, 20, chunk=256)
+
     text = str(jax.make_jaxpr(search)(jnp.ones((16, 2)), index))
     assert "16,5000]" not in text and "16,256]" in text
 

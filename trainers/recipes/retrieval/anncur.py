@@ -189,8 +189,8 @@ class Recipe(base.Recipe):
         def rows_of(start):
             part = pairs.train[anchors[start : start + self.block]]
             name = f"rows_{start // self.block}"
-            return Fit(name, lambda v, a, rng: FitResult({}, {name: fill(part, v)}, {"scorer_calls": part.size and
-                       len(part) * len(items)}))  # fmt: skip
+            calls = {"scorer_calls": len(part) * len(items)}
+            return Fit(name, lambda v, a, rng: FitResult({}, {name: fill(part, v)}, calls))
 
         blocks = [rows_of(start) for start in range(0, len(anchors), self.block)]
 
