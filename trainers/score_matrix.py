@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType
+from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from data.stream import arrays_fingerprint
@@ -57,14 +56,17 @@ def fill_score_matrix(
 
     mapped = jax.shard_map(local, mesh=mesh, in_specs=(P(), P("data")), out_specs=P("data"), check_vma=False)
     run = jax.jit(mapped)
-    leaves = {str(i): np.asarray(x) for i, x in enumerate(jax.tree.leaves((queries, frozen)))}
+    queries, frozen = jax.tree.map(np.asarray, (queries, frozen))
+    leaves = {str(i): x for i, x in enumerate(jax.tree.leaves((queries, frozen)))}
+    frozen = jax.device_put(frozen, NamedSharding(mesh, P()))
     out, done, ledger = _open(file, (count, items), step, leaves)
     for number, start in enumerate(range(0, count, step)):
         if number in done:
             continue
         # the last block repeats the last query, so that every block has one shape
         at = np.minimum(np.arange(start, start + step), count - 1)
-        found = np.asarray(run(frozen, jax.tree.map(lambda x, at=at: jnp.asarray(np.asarray(x)[at]), queries)))
+        part = jax.tree.map(lambda x, at=at: jax.device_put(x[at], NamedSharding(mesh, P("data"))), queries)
+        found = np.asarray(run(frozen, part))
         found = found[: min(step, count - start)]
         if not np.isfinite(found).all():
             query, item = np.argwhere(~np.isfinite(found))[0]

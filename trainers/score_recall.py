@@ -141,7 +141,7 @@ def draw(shown: Mapping[str, tuple[Mapping[str, Any], int]], file: Path) -> None
     """
     from trainers import plots
 
-    fig, axes = plots.figure(len(shown), 2, (9.0, 3.3 * len(shown)))
+    fig, axes = plots.figure(2, len(shown), (4.8, 3.3))
     for row, (what, (found, k)) in enumerate(shown.items()):
         kept = {name: np.asarray(v) for name, v in found.items()}
         left, right = axes[row, 0], axes[row, 1]
@@ -151,6 +151,8 @@ def draw(shown: Mapping[str, tuple[Mapping[str, Any], int]], file: Path) -> None
         ):
             left.plot(kept["budgets"], curve, marker="o", markersize=3, linewidth=1.4, label=name, color=colour)
         left.set_xscale("log")
+        left.set_xticks(kept["budgets"], [str(b) for b in kept["budgets"]], fontsize=7)
+        left.minorticks_off()
         left.set_xlabel("scorer calls a query")
         left.set_ylabel(f"recall of the exact top {k}")
         left.set_title(f"{what}: recall against calls", fontsize=9)

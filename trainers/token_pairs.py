@@ -86,9 +86,9 @@ def texts_as_pairs(collection: Collection, tokenizer: Tokenizer, query_length: i
     made = [[*head, tags[2], *tokenizer.ids(text)] for head, text in zip(heads, collection.texts, strict=True)]
     items, _ = _padded(made, item_length, tokenizer)
     try:
-        wanted = {"title tag": tags[2]}
+        wanted = {"title": tags[2]}
         check_tags(items, wanted, "item", item_length, np.array([len(h) + 2 for h in heads]))
-        check_tags(asked, {"start tag": tags[0], "end tag": tags[1]}, "query")
+        check_tags(asked, {"start": tags[0], "end": tags[1]}, "query")
     except ValueError as error:
         raise UserError(f"{error}; see --item-length and --query-length") from None
     train, test = collection.splits["train"], collection.splits["test"]
