@@ -1,4 +1,4 @@
-"""lol's recipe: its run and what it leaves, files of a user's own, a backbone, its claim's arms, and what it refuses."""
+"""lol's recipe: its run and what it leaves, a user's own files and backbone, its claim's arms, and what it refuses."""
 
 import json
 
@@ -21,8 +21,8 @@ from zoo.nn.bert import BERT, BERTConfig
 from zoo.nn.partitioning import unbox
 from zoo.retrieval import lol
 
-TINY = {"width": 8, "vocab_size": 400, "passage_length": 8, "query_length": 8, "max_length": 30, "steps": 4, "hidden": 4,
-        "batch_size": 8, "k_max": 3, "depth": 1}  # fmt: skip
+TINY = {"width": 8, "vocab_size": 400, "passage_length": 8, "query_length": 8, "max_length": 30, "steps": 4,
+        "hidden": 4, "batch_size": 8, "k_max": 3, "depth": 1}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +96,8 @@ def test_files_of_a_users_own_and_a_backbone(folder, tmp_path):
 
     save_model(tmp_path / "bert", body, variables, {}, {}, beside)
     own = {"data": Data(path=str(folder)), "reviser": "text", "backbone": str(tmp_path / "bert"), "compare": False,
-           "run": str(folder / "run.tsv"), "vectors": str(folder / "m.npy"), "vector_ids": str(folder / "ids.txt")}  # fmt: skip
+           "run": str(folder / "run.tsv"), "vectors": str(folder / "m.npy"),
+           "vector_ids": str(folder / "ids.txt")}  # fmt: skip
     made = recipe.Recipe(**own, **TINY)
     material = made._texts()
     np.testing.assert_allclose(material.index, np.load(folder / "m.npy").astype(np.float32))
@@ -109,7 +110,8 @@ def test_files_of_a_users_own_and_a_backbone(folder, tmp_path):
     assert "plain/loss_at_0" not in found["metrics"] and np.isfinite(found["metrics"]["lol/loss_at_3"])
     params = unbox(made.build().init(jax.random.key(0))["params"])
     for part in ("embeddings", "layer0"):
-        jax.tree.map(np.testing.assert_array_equal, params["body"][part], load_model(tmp_path / "bert").variables["params"][part])  # fmt: skip
+        known = load_model(tmp_path / "bert").variables["params"][part]
+        jax.tree.map(np.testing.assert_array_equal, params["body"][part], known)
     assert params["projection"]["kernel"].shape == (16, 6)
     for change, says in (
         ({"reviser": "mlm", "vectors": "", "vector_ids": ""}, "has no masked-language head"),
