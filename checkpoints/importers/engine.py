@@ -15,7 +15,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import linen as nn
 from flax import traverse_util
 
 from checkpoints.arrays import few
@@ -364,7 +363,7 @@ def _facts(module: Any) -> dict[str, Any]:
     found = {}
     for field in dataclasses.fields(module):
         value = getattr(module, field.name)
-        if isinstance(value, nn.Module) and field.name != "parent":
+        if dataclasses.is_dataclass(value) and not isinstance(value, type) and field.name != "parent":
             found |= {field.name: type(value).__name__}
             found |= {f"{field.name}.{name}": fact for name, fact in _facts(value).items()}
         elif field.name not in ("parent", "name", "dtype", "param_dtype", "remat"):
