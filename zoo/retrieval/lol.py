@@ -383,7 +383,8 @@ def feedback_training(
         term = query_weight * jnp.sum(values) / jnp.maximum(jnp.sum(asked), 1)
         return Loss(each, {"query_ranking": term}, metrics)
 
-    provides = ("revisions", "nested_sizes", "index")
+    # not "index": what remembers one number for each example would meet R of them
+    provides = ("revisions", "nested_sizes")
     return Objective(init, forward, loss, "example", provides, gathers=("positives",), name=name)
 
 
