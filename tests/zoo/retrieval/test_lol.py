@@ -84,7 +84,7 @@ def packed(query, passages, size, separator, length, room):
     return text, types, ends, read
 
 
-@pytest.mark.parametrize(("length", "room"), [(60, 10), (26, 10), (21, 3), (16, 2), (9, 1)])
+@pytest.mark.parametrize(("length", "room"), [(60, 10), (26, 10), (22, 10), (21, 3), (16, 2), (9, 1)])
 def test_texts_are_packed_as_defined(length, room):
     rng = np.random.default_rng(3)
     queries = [[2, *rng.integers(10, 90, n), 3] for n in (3, 1, 7)]

@@ -398,7 +398,7 @@ def _figures(result, workdir: Path) -> None:
         axis.set_xlabel("feedback documents", fontsize=8)
         axis.set_xticks(range(first, first + len(c[name])))
         axis.grid(alpha=0.25)
-    axes[0, 0].legend(fontsize=7)
+    axes[0, 0].legend(fontsize=6, loc="lower left")
     plots.save(fig, workdir / "feedback.png")
 
 
