@@ -264,9 +264,8 @@ def _list(argv: list[str]) -> int:
 
 
 def _show(argv: list[str]) -> int:
-    import textwrap
-
     import zoo
+    from trainers.show import show
     from zoo.catalogue import piece_signature
 
     (name,), o = parse_options(argv, "usage: zoo show NAME [--json]", ("json",), names=1)
@@ -276,27 +275,8 @@ def _show(argv: list[str]) -> int:
         described = [{"piece": p, "signature": s, "summary": d} for p, s, d in pieces]
         print_json({**c.to_dict(), "pieces": described})
         return 0
-    fill = lambda text, indent="  ": textwrap.fill(text, 100, initial_indent=indent, subsequent_indent=indent)  # noqa: E731
-    print(f"{c.name}: {c.title} ({c.year})\n{c.family}, {c.kind}\n")
-    print(fill(c.idea, ""), "\n")
-    print(f"citation       {c.citation}\nofficial code  {c.official_code}")
-    print(f"plugs into     {', '.join(c.plugs_into)}\ncost           {c.cost}")
-    print(f"import         from {c.module.rpartition('.')[0]} import {c.name}\nrecipe         zoo train {c.name}")
-    if c.departures:
-        print("departures")
-        for d in c.departures:
-            print(textwrap.fill(d, 100, initial_indent="  - ", subsequent_indent="    "))
-    print("pieces")
-    for _, signature, summary in pieces:
-        print(textwrap.fill(signature, 100, initial_indent="  ", subsequent_indent="      "))
-        print(fill(summary, "      "))
-    claim = c.claim
-    print(f"claim\n{fill(claim.statement)}")
-    better = "higher" if claim.higher_is_better else "lower"
-    print(f"  {claim.metric} ({better} is better): {claim.method} against {claim.baseline}, effect of interest"
-          f" {claim.effect:g}, trivial arm {claim.trivial}; zoo claim {c.name}")  # fmt: skip
-    if claim.remark:
-        print(fill(claim.remark))
+
+    show(c, pieces)
     return 0
 
 

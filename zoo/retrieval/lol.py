@@ -318,6 +318,7 @@ def feedback_training(
     revisions: int = 2,
     shuffle: bool = True,
     query_weight: float = 0.0,
+    sparsity_weight: float = 0.0,
     chunk: int = 8192,
     index: str = "index",
     name: str = "feedback training",
@@ -335,6 +336,7 @@ def feedback_training(
       revisions: R.
       shuffle: feedback in random order, so that a revision reads a random subset; else the first ones.
       query_weight: lambda_qr of :func:`query_ranking_loss`.
+      sparsity_weight: lambda_sr of the L1 norm of sparse revisions, reached by a quadratic ramp over the phase.
       chunk: see :func:`reformulation_loss`.
       index: name of the artefact.
       name: for messages.
@@ -346,6 +348,8 @@ def feedback_training(
         raise ValueError(
             f"revisions must be at least 1 and query_weight not negative, got {revisions} and {query_weight}"
         )
+    if not sparsity_weight >= 0:
+        raise ValueError(f"sparsity_weight must not be negative, got {sparsity_weight}")
 
     def passages_of(feedback, context):
         return jnp.take(context.artefacts["passages"], jnp.maximum(feedback, 0), axis=0)
@@ -377,11 +381,15 @@ def feedback_training(
         each = elements(found, at[:, None], real[at], "example")
         excess = comparative_loss_regularizer(found.reshape(b, r), sizes, jnp.repeat(real[:, None], r, 1))
         metrics = {"excess": jax.lax.stop_gradient(jnp.sum(excess) / jnp.maximum(jnp.sum(real), 1))}
-        if not query_weight:
-            return Loss(each, metrics=metrics)
-        values, asked = query_ranking_loss(vectors, context.artefacts[index], batch["positives"], real)
-        term = query_weight * jnp.sum(values) / jnp.maximum(jnp.sum(asked), 1)
-        return Loss(each, {"query_ranking": term}, metrics)
+        terms = {}
+        if query_weight:
+            values, asked = query_ranking_loss(vectors, context.artefacts[index], batch["positives"], real)
+            terms["query_ranking"] = query_weight * jnp.sum(values) / jnp.maximum(jnp.sum(asked), 1)
+        if sparsity_weight:
+            norms = jnp.where(real[:, None], jnp.sum(jnp.abs(vectors.astype(jnp.float32)), -1), 0.0)
+            ramp = jnp.square(jnp.asarray(context.step, jnp.float32) / context.total_steps)
+            terms["sparsity"] = sparsity_weight * ramp * jnp.sum(norms) / (r * jnp.maximum(jnp.sum(real), 1))
+        return Loss(each, terms, metrics)
 
     # not "index": what remembers one number for each example would meet R of them
     provides = ("revisions", "nested_sizes")

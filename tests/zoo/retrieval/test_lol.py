@@ -379,6 +379,13 @@ def test_queries_are_ranked_too_if_asked():
     for arguments in ((0,), (2, True, -1.0)):
         with pytest.raises(ValueError, match="revisions must be at least 1 and query_weight not negative"):
             lol.feedback_training(reviser, *arguments)
+    sparse = lol.feedback_training(reviser, 2, sparsity_weight=0.3)
+    later = context.replace(step=jnp.int32(3), total_steps=jnp.int32(4))
+    outputs, loss = run(sparse)(variables, batch, later)
+    norms = np.abs(np.asarray(outputs["revisions"])).sum(-1)[np.asarray(real)]
+    np.testing.assert_allclose(loss.terms["sparsity"], 0.3 * (3 / 4) ** 2 * norms.mean(), rtol=1e-5)
+    with pytest.raises(ValueError, match="sparsity_weight must not be negative, got -1"):
+        lol.feedback_training(reviser, sparsity_weight=-1.0)
 
 
 def test_texts_are_revised_row_by_row_with_their_own_dropout():

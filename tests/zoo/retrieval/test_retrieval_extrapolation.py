@@ -189,7 +189,9 @@ def test_runs_refuse(queries):
             method.resttest(train, test, jax.random.key(0), k)
     with pytest.raises(ValueError, match="all queries are in one bucket"):
         list(method.resttest_runs([0, 0], [0, 0]))
-    with pytest.raises(ValueError, match="bucket 1 has no test queries"):
+    with pytest.raises(ValueError, match="bucket 2 has no test queries"):
+        list(method.resttest_runs([0, 1, 2], [0, 1]))
+    with pytest.raises(ValueError, match="bucket 0 has no others to test"):
         list(method.resttest_runs([0, 1], [0, 0]))
     with pytest.raises(ValueError, match="bucket 0 has no training queries outside it"):
         list(method.resttest_runs([0, 0], [0, 1]))

@@ -96,6 +96,8 @@ class Recipe(base.Recipe):
     """revisions of each query in a step (the paper's 1 + c)"""
     weight: float = 1.0
     """lambda of the comparative regulariser"""
+    sparsity_weight: float = 0.0
+    """mlm, tokens: lambda of the L1 norm of query vectors, reached by a quadratic ramp"""
     query_weight: float = 0.0
     """lambda of the optional loss that ranks the batch's queries for each positive"""
     shuffle: bool = True
@@ -133,7 +135,9 @@ class Recipe(base.Recipe):
         made = self._clusters() if self.data.name == "clusters" and self.data.path is None else self._texts()
         stream = training_stream(made.train, self.batch_size, self.seed)
         measure = measurement(made.reviser, made.test, made.passages, made.index, made.grades)
-        plain = lol.feedback_training(made.reviser, self.revisions, self.shuffle, self.query_weight)
+        plain = lol.feedback_training(
+            made.reviser, self.revisions, self.shuffle, self.query_weight, self.sparsity_weight
+        )
         tx, sharded = self.optimizer.build(self.steps), ("index",)
 
         def init(rng):
@@ -315,7 +319,7 @@ class Recipe(base.Recipe):
                      "batch_size"):  # fmt: skip
             if getattr(self, name) < 1:
                 raise UserError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}")
-        for name in ("weight", "query_weight"):
+        for name in ("weight", "query_weight", "sparsity_weight"):
             if not getattr(self, name) >= 0:
                 raise UserError(f"--{name.replace('_', '-')} must not be negative, got {getattr(self, name)}")
         if not self.scale > 0:
