@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from data.dataset import Dataset
+from data.files import open_npy
 from data.stream import DataError
 
 VECTORS = {"queries": "queries.npy", "gallery": "gallery.npy", "query_bank": "query_bank.npy"}
@@ -109,7 +110,7 @@ def _items(file: Path, queries: int, items: int) -> np.ndarray:
                 f"{queries} queries cannot be matched to {items} items by their order"
             )
         return np.arange(items, dtype=np.int32)
-    index = _load(file)
+    index = open_npy(file, "a NumPy array")
     if index.dtype.kind not in "iu" or index.shape != (queries,):
         raise DataError(f"{file}: expected integers [{queries}], got {index.dtype} {list(index.shape)}")
     outside = (index < 0) | (index >= items)
@@ -120,7 +121,7 @@ def _items(file: Path, queries: int, items: int) -> np.ndarray:
 
 
 def _matrix(file: Path) -> np.ndarray:
-    x = _load(file)
+    x = open_npy(file, "a NumPy array")
     if x.dtype.kind not in "fiu" or x.ndim != 2 or 0 in x.shape:
         raise DataError(f"{file}: expected numbers [n, m], at least one of each, got {x.dtype} {list(x.shape)}")
     x = np.asarray(x, np.float32)
@@ -131,15 +132,6 @@ def _matrix(file: Path) -> np.ndarray:
             " numbers"
         )
     return x
-
-
-def _load(file: Path) -> np.ndarray:
-    if not file.is_file():
-        raise DataError(f"{file}: there is no such file; expected a NumPy array")
-    try:
-        return np.load(file, mmap_mode="r", allow_pickle=False)
-    except (ValueError, OSError, EOFError) as error:
-        raise DataError(f"{file}: not a NumPy array file ({str(error).splitlines()[0]})") from None
 
 
 def _unit(x: np.ndarray) -> np.ndarray:

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from data.dataset import Dataset
+from data.files import open_npy
 from data.stream import DataError
 
 
@@ -97,12 +98,12 @@ def scored_candidates(folder: str | Path, seed: int = 0) -> Dataset:
 
 def _read(folder: Path) -> dict[str, np.ndarray]:
     file = folder / "query_emb.npy"
-    query = _load(file, "floats [N, d]")
+    query = open_npy(file, "floats [N, d]")
     if query.dtype.kind != "f" or query.ndim != 2 or 0 in query.shape:
         raise DataError(f"{file}: expected floats [N, d], got {query.dtype} {list(query.shape)}")
     count = len(query)
     _finite(file, query, np.ones(query.shape, bool))
-    ids, cos = (_load(folder / f, f"[{count}, K]") for f in ("cand_ids.npy", "cand_cos.npy"))
+    ids, cos = (open_npy(folder / f, f"[{count}, K]") for f in ("cand_ids.npy", "cand_cos.npy"))
     if cos.dtype.kind != "f" or cos.ndim != 2 or len(cos) != count or cos.shape[1] == 0:
         raise DataError(f"{folder / 'cand_cos.npy'}: expected floats [{count}, K], got {cos.dtype} {list(cos.shape)}")
     if ids.dtype.kind not in "iu" or ids.shape != cos.shape:
@@ -122,7 +123,7 @@ def _read(folder: Path) -> dict[str, np.ndarray]:
 def _labels(folder: Path, ids: np.ndarray, real: np.ndarray) -> np.ndarray:
     file = folder / "labels.npy"
     if not file.exists() and (folder / "qrels.npy").exists():
-        pairs = _load(folder / "qrels.npy", "integers [M, 2]")
+        pairs = open_npy(folder / "qrels.npy", "integers [M, 2]")
         if pairs.dtype.kind not in "iu" or pairs.ndim != 2 or pairs.shape[1] != 2 or not len(pairs):
             raise DataError(f"{folder / 'qrels.npy'}: expected integers [M, 2], got {pairs.dtype} {list(pairs.shape)}")
         outside = (pairs[:, 0] < 0) | (pairs[:, 0] >= len(ids))
@@ -135,7 +136,7 @@ def _labels(folder: Path, ids: np.ndarray, real: np.ndarray) -> np.ndarray:
         for query in np.unique(pairs[:, 0]):
             label[query] = np.isin(ids[query], pairs[pairs[:, 0] == query, 1])
         return label & real
-    label = _load(file, f"numbers in [0, 1], {list(ids.shape)} (or qrels.npy)")
+    label = open_npy(file, f"numbers in [0, 1], {list(ids.shape)} (or qrels.npy)")
     if label.dtype.kind not in "biuf" or label.shape != ids.shape:
         raise DataError(f"{file}: expected numbers {list(ids.shape)}, got {label.dtype} {list(label.shape)}")
     value = np.asarray(label, np.float64)
@@ -169,15 +170,6 @@ def _finite(file: Path, x: np.ndarray, real: np.ndarray) -> None:
     if bad.any():
         at = np.argwhere(bad)[0]
         raise DataError(f"{file}: row {at[0]}, column {at[1]} is not finite ({int(bad.sum())} such); expected numbers")
-
-
-def _load(file: Path, expected: str) -> np.ndarray:
-    if not file.is_file():
-        raise DataError(f"{file}: there is no such file; expected {expected}")
-    try:
-        return np.load(file, mmap_mode="r", allow_pickle=False)
-    except (ValueError, OSError, EOFError) as error:
-        raise DataError(f"{file}: not a NumPy array file ({str(error).splitlines()[0]}); expected {expected}") from None
 
 
 def _unit(x: np.ndarray) -> np.ndarray:

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from data.dataset import Dataset
+from data.files import open_npy
 from data.stream import DataError
 
 
@@ -72,7 +73,7 @@ def read_token_sets(folder: str | Path) -> tuple[np.ndarray, np.ndarray]:
     """
     folder = Path(folder)
     file = folder / "emb.npy"
-    emb = _load(file, "token embeddings: [sum n, d] with offsets.npy, or [N, n, d] with lengths.npy")
+    emb = open_npy(file, "token embeddings: [sum n, d] with offsets.npy, or [N, n, d] with lengths.npy")
     if emb.dtype.kind != "f" or emb.ndim not in (2, 3) or emb.shape[-1] == 0:
         raise DataError(f"{file}: expected floats [sum n, d] or [N, n, d], got {emb.dtype} {list(emb.shape)}")
     tokens, lengths = _ragged(folder, emb) if emb.ndim == 2 else _padded(folder, emb)
@@ -120,7 +121,7 @@ def token_set_dataset(folder: str | Path, seed: int = 0, queries: int = 60, quer
 
 
 def _with_qrels(data: Dataset, file: Path) -> Dataset:
-    pairs = _load(file, "integers [M, 2]: relevant (query, document) pairs")
+    pairs = open_npy(file, "integers [M, 2]: relevant (query, document) pairs")
     if pairs.dtype.kind not in "iu" or pairs.ndim != 2 or pairs.shape[1] != 2 or not len(pairs):
         raise DataError(f"{file}: expected integers [M, 2], got {pairs.dtype} {list(pairs.shape)}")
     for column, split in enumerate(("queries", "documents")):
@@ -144,18 +145,9 @@ def _dataset(name: str, documents, queries, source: np.ndarray | None) -> Datase
     return Dataset(name, splits, {"dimension": int(documents[0].shape[-1])})
 
 
-def _load(file: Path, expected: str) -> np.ndarray:
-    if not file.is_file():
-        raise DataError(f"{file}: there is no such file; expected {expected}")
-    try:
-        return np.load(file, mmap_mode="r", allow_pickle=False)
-    except (ValueError, OSError, EOFError) as error:
-        raise DataError(f"{file}: not a NumPy array file ({str(error).splitlines()[0]}); expected {expected}") from None
-
-
 def _ragged(folder: Path, emb: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     file = folder / "offsets.npy"
-    offsets = _load(file, "integers [N + 1], from 0 to the rows of emb.npy")
+    offsets = open_npy(file, "integers [N + 1], from 0 to the rows of emb.npy")
     if offsets.dtype.kind not in "iu" or offsets.ndim != 1 or len(offsets) < 2:
         raise DataError(f"{file}: expected integers [N + 1], N at least 1, got {offsets.dtype} {list(offsets.shape)}")
     offsets = np.asarray(offsets).astype(np.int64)
@@ -177,7 +169,7 @@ def _ragged(folder: Path, emb: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 def _padded(folder: Path, emb: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     file = folder / "lengths.npy"
-    lengths = _load(file, "integers [N], the real tokens of each set in emb.npy")
+    lengths = open_npy(file, "integers [N], the real tokens of each set in emb.npy")
     if lengths.dtype.kind not in "iu" or lengths.shape != emb.shape[:1] or not len(lengths):
         raise DataError(f"{file}: expected integers [{len(emb)}], got {lengths.dtype} {list(lengths.shape)}")
     lengths = np.asarray(lengths).astype(np.int64)
