@@ -46,6 +46,11 @@ class WeightedWords(nn.Module):
         return {"tokens": words * jnp.take(weight, ids)[..., None].astype(self.dtype)}
 
 
+def _orthogonal(key: Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> Array:
+    # in float32: there is no QR decomposition of half precision
+    return nn.initializers.orthogonal()(key, shape, jnp.float32).astype(dtype)
+
+
 class DenseRetriever(nn.Module):
     """Body, one vector of its tokens, linear map, layer norm: the encoder of ANCE, STAR and ADORE.
 
@@ -82,8 +87,8 @@ class DenseRetriever(nn.Module):
         tokens = self.body(ids, padding_mask=real, train=train, keys=keys)["tokens"]
         x = masked_mean(tokens, real) if self.pooling == "mean" else tokens[:, 0].astype(jnp.float32)
         settings = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        # orthogonal: inner products of what the body knows already are kept
-        start = nn.initializers.orthogonal()
+        # inner products of what the body knows already are kept
+        start = _orthogonal
         x = Dense(self.features or x.shape[-1], (EMBED, None), kernel_init=start, name="projection", **settings)(x)
         return (layer_norm(1e-5, jnp.float32, self.param_dtype, "norm")(x) if self.norm else x).astype(jnp.float32)
 

@@ -489,7 +489,7 @@ def example() -> dict:
         **shared, "objective": objective, "batch": batch, "artefacts": {"index": vectors, "passages": vectors},
         "sharded": ("index",),
         "also": {"text": {
-            **shared, "optimizer": optax.sgd(2e-3), "objective": lol.feedback_training(texts, 2, query_weight=0.5),
+            **shared, "optimizer": optax.sgd(5e-4), "objective": lol.feedback_training(texts, 2, query_weight=0.5),
             "batch": asked, "artefacts": {"index": vectors, "passages": ids(21, 5)},
             "sharded": ("index",),
         }},
