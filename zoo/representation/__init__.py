@@ -1,0 +1,1 @@
+"""Systems that learn, align and judge embeddings."""
