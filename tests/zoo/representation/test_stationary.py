@@ -298,6 +298,8 @@ def test_hosts_that_do_not_fit_are_refused():
     pairs = Objective(base.init, base.forward, base.loss, unit="pair", provides=("embedding",), name="pairs")
     with pytest.raises(CompositionError, match="pairs has unit 'pair'"):
         st.higher_order_compatibility(pairs, lambda v, b: b["x"], {})
+    with pytest.raises(ValueError, match="'zero' or 'neginf', got 'x'"):
+        st.higher_order_compatibility(base, lambda v, b: b["x"], {}, mask_mode="x")
     with pytest.raises(ValueError, match="got 2"):
         st.higher_order_compatibility(base, lambda v, b: b["x"], {}, lam=2.0)
 
