@@ -59,7 +59,7 @@ class Recipe(base.Recipe):
     data: Data = Data("digits")
     """digits (bundled), any TFDS image set, or --data.path with an .npz file or a folder of class folders"""
     optimizer: Optimizer = Optimizer(
-        name="momentum", learning_rate=0.01, schedule="cosine", final_fraction=0.01, weight_decay=5e-4
+        name="momentum", learning_rate=0.03, schedule="cosine", final_fraction=0.01, weight_decay=5e-4
     )
     """of each local task, made anew for each; weight decay spares biases and norms"""
     server_optimizer: Optimizer = Optimizer(name="momentum", learning_rate=0.05, schedule="cosine", weight_decay=5e-4)
@@ -88,7 +88,7 @@ class Recipe(base.Recipe):
     """backbone of each replacement (the last is repeated): mlp, wide, deep, resnet20, resnet18"""
     side: Literal["end", "start"] = "end"
     """from which end of the simplex local classes are placed; the server's are placed from the start"""
-    epochs: int = 20
+    epochs: int = 70
     """passes of each local task over its data and the memory"""
     server_epochs: int = 20
     """passes over the server's data"""
@@ -188,7 +188,6 @@ class Recipe(base.Recipe):
     def _pretrain(self, data: Dataset, number: int, kind: str, last: Any) -> tuple[list[Phase], Any]:
         # the later a server's model, the more of the server's classes it has seen
         known = -(-self.server * (number + 1) // len(self.replacements))
-        known = max(min(3, self.server), known) if len(self.replacements) == 2 and number == 0 else known
         train = data["train"]
         chosen = rows({k: train[k] for k in ("x", "label")}, np.flatnonzero(train["label"] < known))
         network = StationaryNetwork(self._encoder(number), self.preallocated, kind, jnp.dtype(self.dtype))
