@@ -487,7 +487,8 @@ def example() -> dict:
     network = StationaryNetwork(MLP((16,), 8, normalise=True), 6)
     old = _plain(network.init(jax.random.key(9), jnp.asarray(batch["x"][:1])))
     row = lambda objective: {  # noqa: E731
-        "objective": objective, "batch": batch, "optimizer": optax.sgd(0.02, 0.9), "transform": None, "num_examples": 16,
+        "objective": objective, "batch": batch, "optimizer": optax.sgd(0.02, 0.9), "transform": None,
+        "num_examples": 16,
     }  # fmt: skip
     return {
         **row(stationary.stationary(network, network, old)),
