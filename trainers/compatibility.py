@@ -51,7 +51,7 @@ def draw_matrix(axis: Any, matrix: np.ndarray, title: str, replacements: Sequenc
     names = [f"{t + 1}*" if t in replacements else f"{t + 1}" for t in range(size)]
     axis.set_xticks(range(size), names)
     axis.set_yticks(range(size), names)
-    axis.set_xlabel("gallery of model (* put in from elsewhere)", fontsize=8)
+    axis.set_xlabel("gallery of model" + (" (* put in from elsewhere)" if replacements else ""), fontsize=8)
     axis.set_ylabel("queries of model", fontsize=8)
     found = f"AC {average_compatibility(matrix):.2f}, AA {100 * average_accuracy(matrix):.1f}"
     axis.set_title(f"{title}\n{found}", fontsize=9)

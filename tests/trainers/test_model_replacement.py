@@ -8,6 +8,7 @@ import pytest
 
 from checkpoints.store import Store
 from data.stream import evaluation_stream, training_stream
+from trainers import protocols
 from trainers.compatibility import draw_matrix, matrices_figure
 from trainers.errors import Interrupted, UserError
 from trainers.loop import Loop, Settings
@@ -97,6 +98,18 @@ def test_the_matrix_is_that_of_the_features(tmp_path):
     assert (tmp_path / "compatibility.png").stat().st_size > 3000
 
 
+def test_every_model_is_run_once_over_queries_and_gallery(monkeypatch):
+    passes, real = [], protocols.encoder
+
+    def counted(forward):
+        encode = real(forward)
+        return lambda variables, stream: (passes.append(stream.num_examples), encode(variables, stream))[1]
+
+    monkeypatch.setattr(protocols, "encoder", counted)
+    train_in_memory(Run(phases([update("a", steps=1), update("b", steps=1), update("c", steps=1)]), export=None))
+    assert passes == [22, 13] * 3
+
+
 def test_lineage_follows_the_chain():
     found = train_in_memory(Run(phases([update("a"), update("b", mark=1.0)]), export=None))
     a, b = (jax.tree.map(jnp.asarray, found.artefacts[f"gallery_{n}"]["lineage"]) for n in "ab")
@@ -176,3 +189,6 @@ def test_numbers_on_the_heat_map():
     assert texts == {"0.50": "normal", "0.60": "bold", "0.90": "normal"}
     assert axes[0, 0].get_title() == "name\nAC 1.00, AA 66.7"
     assert [t.get_text() for t in axes[0, 0].get_xticklabels()] == ["1", "2*"]
+    assert axes[0, 0].get_xlabel() == "gallery of model (* put in from elsewhere)"
+    draw_matrix(axes[0, 0], np.array([[0.5]]), "alone")
+    assert axes[0, 0].get_xlabel() == "gallery of model"

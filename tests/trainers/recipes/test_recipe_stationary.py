@@ -238,10 +238,15 @@ def test_settings_that_cannot_work(options, words):
 
 
 def test_data_that_cannot_work(tmp_path):
-    with pytest.raises(DataError, match="0 held-out classes without turned copies are 0 identities"):
+    with pytest.raises(
+        UserError, match="--held-out 0 with --no-turned: 0 held-out classes without turned copies are 0 iden"
+    ):
         recipe.Recipe(**TINY, held_out=0, turned=False, way=3).build()
     with pytest.raises(UserError, match="has no field 'label'"):
         recipe.Recipe(**TINY).on(Dataset("bare", {"train": {"x": np.zeros((3, 8, 8, 1))}, "test": {}}))
+    flat = {k: {"x": v["x"].reshape(-1, 64), "label": v["label"]} for k, v in digits().splits.items()}
+    with pytest.raises(UserError, match="--held-out 1 with --turned: only square images"):
+        recipe.Recipe(**TINY).on(Dataset("flat", flat, {"num_classes": 10}))
     lame = digits()
     keep = lame["train"]["label"] != 6
     splits = {**lame.splits, "train": {k: v[keep] for k, v in lame["train"].items()}}

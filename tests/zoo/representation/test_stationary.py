@@ -103,6 +103,21 @@ def test_hoc_in_half_precision_accumulates_in_float32():
     np.testing.assert_allclose(low, exact, atol=1e-4)
 
 
+def test_no_buffer_is_larger_than_the_similarities():
+    b, d = 64, 8
+    h = jnp.zeros((b, d))
+    step = jax.make_jaxpr(jax.grad(lambda n: jnp.sum(st.hoc_loss(n, h, jnp.arange(b)))))(h)
+
+    def sizes(jaxpr):
+        for equation in jaxpr.eqns:
+            yield from (v.aval.size for v in equation.outvars)
+            for inner in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda x: hasattr(x, "jaxpr")):
+                if hasattr(inner, "jaxpr"):
+                    yield from sizes(inner.jaxpr)
+
+    assert b * b == max(sizes(step.jaxpr))
+
+
 def test_unknown_mask_mode():
     with pytest.raises(ValueError, match="'zero' or 'neginf', got 'inf'"):
         st.hoc_loss(jnp.asarray(H_NEW), jnp.asarray(H_OLD), jnp.asarray(LABELS), mask_mode="inf")

@@ -17,7 +17,7 @@ from data.dataset import Dataset
 from data.images import image_dataset
 from data.open_set import open_set, shuffled_digits
 from data.replay import ReplayMemory, half_memory
-from data.stream import ArrayStream, evaluation_stream, training_stream
+from data.stream import ArrayStream, DataError, evaluation_stream, training_stream
 from data.tasks import rows
 from trainers import recipe as base
 from trainers.compatibility import matrices_figure
@@ -112,10 +112,14 @@ class Recipe(base.Recipe):
     def on(self, data: Dataset) -> Run:
         """The run on a data set of your own making."""
         classes = self._check(data)
-        queries, gallery, identities = open_set(data, self.held_out, self.turned)
+        try:
+            queries, gallery, identities = open_set(data, self.held_out, self.turned)
+        except DataError as error:
+            turned = "--turned" if self.turned else "--no-turned"
+            raise UserError(f"--held-out {self.held_out} with {turned}: {error}") from None
         local = classes - self.held_out - self.server
         arms = [a for a in ("er", "ce", "hoc") if self.baselines and a != self.method] + [self.method]
-        models = self._models()
+        models = [_given(folder, self.preallocated) for folder in self.models]
         phases: list[Phase] = []
         last: Any = None
         for kind in () if models or not self.server else ("linear", "simplex"):
@@ -132,7 +136,7 @@ class Recipe(base.Recipe):
                 refuse=arm != "er", name=f"{arm}_", before=last,
             )  # fmt: skip
             sequences[arm], last = [u.name for u in updates], updates[-1].optimizer
-        network = self._network(len(self.tasks(local)) - 1, self._kind(self.method))
+        network = self._network(len(self.tasks(local)) - 1, self._kind(self.method), models)
         phases.append(self._local_accuracy(data, network, local))
 
         def export(variables, artefacts):
@@ -169,10 +173,9 @@ class Recipe(base.Recipe):
         # which replacement is in use at a task; -1 before any
         return sum(at <= task for at in self.replacements) - 1
 
-    def _network(self, task: int, kind: str) -> StationaryNetwork:
+    def _network(self, task: int, kind: str, models: Sequence = ()) -> StationaryNetwork:
         number = max(self._replaced(task), 0)
-        given = self._models()
-        body = given[number][0].encoder if given else self._encoder(number)
+        body = models[number][0].encoder if models else self._encoder(number)
         return StationaryNetwork(body, self.preallocated, kind, jnp.dtype(self.dtype))
 
     def _encoder(self, number: int) -> Any:
@@ -181,9 +184,6 @@ class Recipe(base.Recipe):
             return Pick(ResNet(ResNetConfig.of_depth(int(name[6:])), dtype))
         hidden, features = {"mlp": ((128,), 64), "wide": ((256,), 96), "deep": ((128, 128), 64)}[name]
         return MLP(hidden, features, dtype=dtype)
-
-    def _models(self) -> list[tuple[StationaryNetwork, dict]]:
-        return [_given(folder, self.preallocated) for folder in self.models]
 
     def _pretrain(self, data: Dataset, number: int, kind: str, last: Any) -> tuple[list[Phase], Any]:
         # the later a server's model, the more of the server's classes it has seen
@@ -223,7 +223,7 @@ class Recipe(base.Recipe):
             order = half_memory(new, memory.ids, self.batch_size, self.seed + t)
             stream = ArrayStream(stored, self.batch_size, order)
             memory = memory.add(new, label[new], classes, self.seed)
-            network = self._network(t, kind)
+            network = self._network(t, kind, models)
             began = bool(models or self.server) or t > 0
             if arm == "hoc" and began:
                 objective = stationary.stationary(
