@@ -14,6 +14,7 @@ from data.open_set import open_set
 from data.stream import DataError
 from trainers.loop import Settings
 from trainers.parallel import Parallel
+from trainers.phases import Alternate
 from trainers.protocols import compatibility_of
 from trainers.recipe import Data, Optimizer, UserError
 from trainers.recipes.representation import stationary as recipe
@@ -37,23 +38,41 @@ QUICK = Settings(Parallel(devices=1), 1, save_every=10**6)
 
 @pytest.fixture(scope="module")
 def done(tmp_path_factory):
-    """A whole run on the digits, with all three sequences."""
-    work, made = tmp_path_factory.mktemp("run"), recipe.Recipe(**TINY, initial=3)
+    """A whole run on the digits, of the method alone."""
+    work, made = tmp_path_factory.mktemp("run"), recipe.Recipe(**TINY, initial=3, baselines=False)
     return made, train("stationary", made, work, QUICK, progress=False), work
 
 
-def test_a_run_measures_and_draws_every_sequence(done):
+def test_a_run_measures_and_draws_its_sequence(done):
     _, found, work = done
-    for arm in ("hoc", "ce", "er"):
-        for name in ("average_compatibility", "average_accuracy", "self_accuracy", "cross_accuracy"):
-            assert 0 <= found["metrics"][f"{arm}_compatibility/{name}"] <= 1
-    assert [found["metrics"][f"er{t}_gallery/incomparable"] for t in range(2)] == [0, 1]
+    for name in ("average_compatibility", "average_accuracy", "self_accuracy", "cross_accuracy"):
+        assert 0 <= found["metrics"][f"hoc_compatibility/{name}"] <= 1
     assert [found["metrics"][f"hoc{t}_gallery/incomparable"] for t in range(2)] == [0, 0]
-    assert (
-        found["metrics"]["server0_simplex_keep/classes"] == 3 and found["metrics"]["server1_linear_keep/classes"] == 5
-    )
+    assert [found["metrics"][f"server{t}_simplex_keep/classes"] for t in range(2)] == [3, 5]
     assert found["summary"].startswith("simplex and HOC: AC ") and "dead" not in found["summary"]
     assert (work / "compatibility.png").stat().st_size > 5000
+
+
+def test_the_baselines_come_first_with_servers_of_their_own_kind():
+    run = recipe.Recipe(**TINY, initial=3).build()
+    names = [p.name for p in run.phases if isinstance(p, Alternate)]
+    servers = ["server0_linear", "server1_linear", "server0_simplex", "server1_simplex"]
+    assert names == [*servers, "er0", "er1", "ce0", "ce1", "hoc0", "hoc1"]
+    assert run.phases[-1].name == "local_classes"
+    metrics = {f"{a}_compatibility/average_{k}": v for a in ("er", "ce", "hoc") for k, v in
+               (("compatibility", 0.5), ("accuracy", 0.25))}  # fmt: skip
+    assert run.summary(metrics) == (
+        "simplex and HOC: AC 0.50, AA 25.0; simplex, cross-entropy alone: AC 0.50, AA 25.0; "
+        "learned classifier (ER): AC 0.50, AA 25.0"
+    )
+    dead = run.summary({**metrics, "hoc0_gallery/zero_features": 3})
+    assert dead.endswith("; 3 features have no length, the network may be dead")
+
+
+def test_replay_alone_is_measured_though_nothing_is_comparable():
+    made = recipe.Recipe(**TINY, initial=3, replacements=(0,), method="er", baselines=False)
+    metrics = train_in_memory(made.build(), 1).metrics
+    assert [metrics[f"er{t}_gallery/incomparable"] for t in range(2)] == [0, 1]
 
 
 def test_the_model_searches_the_galleries_as_the_run_said(done):
@@ -82,11 +101,11 @@ def test_the_figures_are_those_of_the_matrix(done):
     _, found, work = done
     rows = {}
     for t in range(2):
-        with np.load(work / "artefacts" / f"ce{t}_gallery" / f"gallery_ce{t}.npz") as stored:
-            rows[f"gallery_ce{t}"] = {"row": stored["/row"]}
-    matrix = compatibility_of(rows, ["ce0", "ce1"])
-    assert found["metrics"]["ce_compatibility/average_compatibility"] == float(matrix[1, 0] > matrix[0, 0])
-    assert found["metrics"]["ce_compatibility/cross_accuracy"] == pytest.approx(matrix[1, 0])
+        with np.load(work / "artefacts" / f"hoc{t}_gallery" / f"gallery_hoc{t}.npz") as stored:
+            rows[f"gallery_hoc{t}"] = {"row": stored["/row"]}
+    matrix = compatibility_of(rows, ["hoc0", "hoc1"])
+    assert found["metrics"]["hoc_compatibility/average_compatibility"] == float(matrix[1, 0] > matrix[0, 0])
+    assert found["metrics"]["hoc_compatibility/cross_accuracy"] == pytest.approx(matrix[1, 0])
 
 
 def updates_of(made, arm, artefacts=None):
@@ -198,7 +217,7 @@ def test_a_first_model_without_a_server(tmp_path):
 
 
 def test_arms(monkeypatch):
-    monkeypatch.setattr(recipe, "Recipe", functools.partial(recipe.Recipe, **TINY))
+    monkeypatch.setattr(recipe, "Recipe", functools.partial(recipe.Recipe, **TINY, initial=3))
     found, other = recipe.arm("untrained", 0), recipe.arm("simplex", 0)
     assert set(found) == set(other) and 0 < found["self_accuracy"] < 1 and found["cross_accuracy"] < 0.3
     assert recipe.arm("untrained", 1) != found
