@@ -22,7 +22,7 @@ A functional JAX zoo of methods that learn, compare, compress and search represe
   zoo train NAME [--workdir D] [...]        run its recipe (offline, on embedded data); resumes if D holds the run
   zoo eval D [--json]                       evaluate a finished run or an exported model
   zoo claim NAME [--seeds N] [--json]       method against baseline over paired seeds, with the verdict
-  zoo bench NAME|trainer|backbones|import   time the hot operation: compile time, rate, share of the roofline
+  zoo bench NAME|trainer|losses|backbones|import  time the hot operation: compile time, rate, share of the roofline
   zoo compose [--json]                      which loss transformation goes on which host, or why not
   zoo import SRC --to D [--as LAYOUT]       pretrained weights (hub id, safetensors, torch file) into a model here
   zoo export D --to F                       and back to safetensors under the original names
@@ -379,8 +379,10 @@ def _claim(argv: list[str]) -> int:
 
 
 def _bench(argv: list[str]) -> int:
-    (name,), o = parse_options(argv, "usage: zoo bench NAME|trainer|backbones|import [--json]", ("json",), names=1)
-    if name not in ("trainer", "backbones", "import"):
+    (name,), o = parse_options(
+        argv, "usage: zoo bench NAME|trainer|losses|backbones|import [--json]", ("json",), names=1
+    )
+    if name not in ("trainer", "losses", "backbones", "import"):
         import zoo
 
         zoo.card(name)
@@ -392,6 +394,10 @@ def _bench(argv: list[str]) -> int:
             from trainers import bench_backbones
 
             rows = bench_backbones.backbones() if name == "backbones" else bench_backbones.importing()
+        elif name == "losses":
+            from trainers import bench_losses
+
+            rows = bench_losses.losses()
         else:
             rows = bench.trainer() if name == "trainer" else bench.method(name)
     if o["json"]:
