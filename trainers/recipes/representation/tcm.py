@@ -345,7 +345,7 @@ def _compiled(loss: str, classes: int, regularised: bool):
 
 
 def benchmarks() -> list[Benchmark]:
-    """TCM's gradient at B = 4096, d = 256, on the similarity matrix and streamed; ``zoo bench losses`` has the others."""
+    """TCM's gradient at B = 4096, d = 256, on the similarity matrix and streamed (others: ``zoo bench losses``)."""
     from trainers.bench_losses import gradients
 
     note = "gradient, B=4096, d=256; the similarity matrix is 64 MiB"
