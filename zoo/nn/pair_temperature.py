@@ -40,13 +40,17 @@ class PairTemperature(nn.Module):
     """The temperature network phi: what it keeps of each head's row, so that a pair's score is cheap.
 
     ``"dot"`` (the paper) is one multi-layer perceptron for all heads; a pair's score is the inner product of its two
-    results.  ``"concat"`` (the released code) is one perceptron per head on ``[z_i; z_j]`` with a single output; its
-    first layer is linear in both, ``W [z_i; z_j] + b = (A z_i + b) + D z_j``, and is applied to rows, not to pairs.
+    results, plus a learned offset that starts at 0: of two like rows a product is a square, so that without the offset
+    the temperature of a good positive pair could never fall below midway.
+
+    ``"concat"`` (the released code) is one perceptron per head on ``[z_i; z_j]`` with a single output; its first layer
+    is linear in both, ``W [z_i; z_j] + b = (A z_i + b) + D z_j``, and is applied to rows, not to pairs.
 
     Attributes:
       kind: see above.
       hidden: size of the hidden layer.
       features: size of the results whose inner product is taken; for ``"dot"``.
+      offset: whether ``"dot"`` has its offset.
       normalise: read unit vectors (the released code reads the head's output as it is).
       lower, upper: limits of the temperature, for ``__call__``.
     """
@@ -54,6 +58,7 @@ class PairTemperature(nn.Module):
     kind: Literal["dot", "concat"] = "dot"
     hidden: int = 128
     features: int = 32
+    offset: bool = True
     normalise: bool = True
     lower: float = 1e-2
     upper: float = 2.0
@@ -66,7 +71,7 @@ class PairTemperature(nn.Module):
 
     @nn.compact
     def embed(self, z: Float[Array, "b c d"]) -> tuple[Float[Array, "b c h"], Float[Array, "c k"] | None]:
-        """``(codes [B, C, h], last)``: per row what :func:`pair_scores` reads, and the last layer of ``"concat"``.
+        """``(codes [B, C, h], last)``: per row what :func:`pair_scores` reads, and what it adds or applies to pairs.
 
         At the start every score is 0 or nearly so.  The last layer of ``"concat"`` starts at zero; that of ``"dot"``
         starts small, because a product of two zeros has no gradient and would stay zero.
@@ -78,11 +83,15 @@ class PairTemperature(nn.Module):
             raise ValueError(f"temperature kind must be 'dot' or 'concat', got {self.kind!r}")
         z = z.astype(jnp.float32)
         z = l2_normalize(z) if self.normalise else z
+        heads, dim = z.shape[1:]
         if self.kind == "dot":
             h = nn.relu(nn.Dense(self.hidden, name="hidden")(z))
-            small = nn.initializers.variance_scaling(0.1, "fan_in", "truncated_normal")
-            return nn.Dense(self.features, kernel_init=small, name="out")(h), None
-        heads, dim = z.shape[1:]
+            small = nn.initializers.variance_scaling(0.01, "fan_in", "truncated_normal")
+            codes = nn.Dense(self.features, kernel_init=small, name="out")(h)
+            if not self.offset:
+                return codes, None
+            offset = self.param("offset", nn.initializers.zeros, (1,), jnp.float32).astype(jnp.float32)
+            return codes, jnp.broadcast_to(offset, (heads, 1))
         init = nn.initializers.lecun_normal(batch_axis=0)
         kernel = self.param("hidden_kernel", init, (heads, 2 * dim, self.hidden), jnp.float32).astype(jnp.float32)
         bias = self.param("hidden_bias", nn.initializers.zeros, (heads, self.hidden), jnp.float32)
@@ -97,15 +106,16 @@ def pair_scores(
 ) -> Float[Array, "c b m"]:
     """Scores of all pairs from what :class:`PairTemperature` keeps of rows.
 
-    Without ``last`` their inner products, O(C B M h) in one matrix product per head.  With it ``w . relu(a_i + b_j) +
-    w_0``: no ``C x B x M x 2d'`` tensor is built, and the hidden ``B x M x h/2`` one only for a block of anchors.
+    With one number per head in ``last``, or none, their inner products plus that: O(C B M h) in one matrix product per
+    head.  With more ``w . relu(a_i + b_j) + w_0``: no ``C x B x M x 2d'`` tensor is built, and the hidden ``B x M x
+    h/2`` one only for a block of anchors.
 
     Args:
-      first, second: of anchors and candidates; with ``last`` the halves ``[a | b]`` of each row.
-      last: w and, in its last column, w_0.
+      first, second: of anchors and candidates; for the second form the halves ``[a | b]`` of each row.
+      last: w and, in its last column, the offset w_0.
     """
-    if last is None:
-        return _einsum("ich,jch->cij", first, second)
+    if last is None or last.shape[1] == 1:
+        return _einsum("ich,jch->cij", first, second) + (0.0 if last is None else last[:, :, None])
     right = second[..., second.shape[-1] // 2 :]
 
     @jax.checkpoint
@@ -121,8 +131,8 @@ def aligned_scores(
     first: Float[Array, "b c h"], second: Float[Array, "b c h"], last: Float[Array, "c k"] | None = None
 ) -> Float[Array, "b c"]:
     """Scores of the pairs (row i, row i) only; see :func:`pair_scores`."""
-    if last is None:
-        return jnp.sum(first * second, -1)
+    if last is None or last.shape[1] == 1:
+        return jnp.sum(first * second, -1) + (0.0 if last is None else last[:, 0])
     half = first.shape[-1] // 2
     return jnp.sum(nn.relu(first[..., :half] + second[..., half:]) * last[:, :-1], -1) + last[:, -1]
 
@@ -160,7 +170,8 @@ class AdaptiveHeads(nn.Module):
     @property
     def provides(self) -> tuple[str, ...]:
         """What a host of this module provides beside its own: the keys of the result."""
-        made = {"dot": ("temperature",), "concat": ("temperature", "temperature_last"), "table": ("temperature_table",)}
+        made = dict.fromkeys(("dot", "concat"), ("temperature", "temperature_last"))
+        made["table"] = ("temperature_table",)
         predicted = ("prediction", "predicted_heads") if self.predictor else ()
         predicted += ("predicted_temperature",) if self.predictor and self.temperature in ("dot", "concat") else ()
         return ("projection", "heads", *made.get(self.temperature, ()), *predicted)
@@ -171,9 +182,9 @@ class AdaptiveHeads(nn.Module):
     ) -> dict[str, Any]:
         """``projection`` [B, d'], ``heads`` [B, C, d'], ``temperature`` [B, C, h] and what the host asks for besides.
 
-        With a predictor also ``prediction`` [B, d'] (the first head's), ``predicted_heads`` and
-        ``predicted_temperature``; the temperature of the heads is then made from stopped rows, as targets are.  For
-        ``"concat"`` and ``"table"`` also the :class:`zoo.base.Shared` ``temperature_last`` or ``temperature_table``.
+        ``temperature_last`` is a :class:`zoo.base.Shared`.  With a predictor also ``prediction`` [B, d'] (the first
+        head's), ``predicted_heads`` and ``predicted_temperature``; the temperature of the heads is then made from
+        stopped rows, as targets are.  For ``"table"`` there is only the shared ``temperature_table``.
         """
         encoder = self.body.copy(name="encoder", axis_name=self.axis_name)
         sizes = (self.num_heads, self.hidden, self.features, self.normalise, self.dtype, self.axis_name)

@@ -121,7 +121,7 @@ class Temperatures(NamedTuple):
     Attributes:
       lower, upper: its limits.
       fixed: the same temperature for all pairs; ``None`` for those predicted.
-      last: the last layer of ``"concat"``, ``[C, h/2 + 1]``.
+      last: see :func:`zoo.nn.pair_temperature.pair_scores`.
     """
 
     lower: Any = 1e-2
@@ -273,7 +273,7 @@ def amcl(
     beta: Number = 0.1,
     lower: Number = 1e-2,
     upper: Number = 2.0,
-    negatives: str = "max",
+    negatives: str = "logsumexp",
     positive_in_candidates: bool = False,
     fixed: Number | None = None,
     off_diagonal: Number = 5e-3,
@@ -285,6 +285,9 @@ def amcl(
     view are the views of all other examples, and an example's loss is the mean of its two views'.  ``"queue"`` (MoCo):
     the candidates are the queue's keys, head by head; mean of both orders.  ``"negcos"`` (SimSiam): the sum of both
     directions.  ``"cross_correlation"`` (Barlow Twins): one element of unit ``batch``.
+
+    The soft form is the default, as the brief's safe choice: with the hardest negative alone, the paper's Table 2, our
+    encoders of small images collapse (every pair alike, then temperatures at their limits).
 
     With one head, ``fixed`` at the host's temperature (1 for SimSiam and Barlow Twins), ``beta=0``,
     ``negatives="logsumexp"`` and the host's own ``positive_in_candidates`` the elements are the plain host's.
@@ -394,7 +397,7 @@ CARD = Card(
     idea=(
         "Compares every pair in several projection heads, each pair at a temperature of its own that a small network "
         "predicts from the pair. A Gaussian likelihood gives the loss: similarity over temperature, a regulariser "
-        "that keeps temperatures from escaping, and in each head only the hardest negative."
+        "that keeps temperatures from escaping, and the hardest negative of each head or a log-sum-exp of all."
     ),
     citation=("Wang, Koniusz, Gedeon, Zheng. Adaptive Multi-head Contrastive Learning. ECCV 2024, arXiv 2310.05615"),
     plugs_into=("SimCLR", "MoCo", "SimSiam", "Barlow Twins", "InfoNCE with the positive among the candidates"),
@@ -430,12 +433,14 @@ CARD = Card(
     ),
     official_code="https://github.com/LeiWangR/cl",
     departures=(
-        "the losses are the paper's Table 2; the released training step has no negatives and another loss",
+        "the losses are the paper's Table 2, by default with a log-sum-exp over negatives where it takes the hardest "
+        "(negatives='max'), which collapses small encoders; the released training step has no negatives",
         "the temperature network is one perceptron for all heads whose results are multiplied (the paper's text); the "
         "released one, a perceptron per head on the concatenation, is temperature='concat'",
         "the temperature network reads unit vectors and its lower limit is 0.01; the code reads rows as they are, 1e-5",
         "the last layer of 'concat' starts at zero, so that every temperature starts midway; that of 'dot' starts "
-        "small, since a product of zeros would never move",
+        "small, since a product of zeros would never move, and has an offset, without which a pair of like rows could "
+        "not get a temperature below midway",
         "the regulariser takes the size of a head; the code reads it off a tensor of another shape",
         "for Barlow Twins temperatures are a table per head and pair of features, which no batch size changes",
     ),

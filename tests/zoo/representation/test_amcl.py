@@ -380,7 +380,7 @@ def test_without_the_positive_it_is_simclr_without_it():
 def test_predicted_but_equal_temperatures_are_the_fixed_one():
     """A network that says 0 of every pair puts tau midway between its limits."""
     host, _, outputs, context = passed("contrastive")
-    silent = {k: jnp.zeros_like(v) if k.startswith("temperature") else v for k, v in outputs.items()}
+    silent = {k: jax.tree.map(jnp.zeros_like, v) if k.startswith("temp") else v for k, v in outputs.items()}
     _, found = values_of(amcl(lower=0.1, upper=0.5), host, silent, context)
     _, fixed = values_of(amcl(fixed=0.3), host, outputs, context)
     np.testing.assert_allclose(found, fixed, rtol=1e-5)
@@ -391,8 +391,8 @@ def midway(score, low=0.1, high=1.7):
 
 
 def score_of(a, b, last, c):
-    if last is None:
-        return float(a @ b)
+    if last.shape[1] == 1:
+        return float(a @ b + last[c, 0])
     half = len(a) // 2
     return float(np.maximum(a[:half] + b[half:], 0) @ last[c, :-1] + last[c, -1])
 
@@ -402,7 +402,8 @@ def score_of(a, b, last, c):
 def test_on_simclr_it_is_table_2(temperature, negatives):
     host, _, outputs, context = passed("contrastive", temperature)
     _, found = values_of(amcl(beta=0.3, lower=0.1, upper=1.7, negatives=negatives), host, outputs, context)
-    last = np.asarray(outputs["temperature_last"].value) if temperature == "concat" else None
+    last = np.asarray(outputs["temperature_last"].value)
+    assert last.shape == {"dot": (2, 1), "concat": (2, 6)}[temperature] and np.all(last != 0)
     z = {v: unit(np.asarray(outputs[f"heads{v}"])) for v in (1, 2)}
     t = {v: np.asarray(outputs[f"temperature{v}"]) for v in (1, 2)}
     rows = [(v, i) for v in (1, 2) for i in REAL]
@@ -424,8 +425,9 @@ def test_on_simclr_it_is_table_2(temperature, negatives):
 
 def test_on_moco_candidates_are_the_queues_rows_of_the_same_head():
     host, variables, outputs, context = passed("queue")
-    _, found = values_of(amcl("queue", 0.3, 0.1, 1.7), host, outputs, context)
+    _, found = values_of(amcl("queue", 0.3, 0.1, 1.7, "max"), host, outputs, context)
     keys, memory = outputs["keys"], variables["memory"]["rows"]
+    added = float(outputs["temperature_last"].value[0, 0])
     assert memory["heads"].shape == (8, 2, 4) and memory["temperature"].shape[:2] == (8, 2)
     for i in REAL:
         want = 0.0
@@ -434,7 +436,7 @@ def test_on_moco_candidates_are_the_queues_rows_of_the_same_head():
             zs = [unit(np.asarray(keys[f"heads{3 - v}"]))[i], *unit(np.asarray(memory["heads"])[:5])]
             ts = [np.asarray(keys[f"temperature{3 - v}"])[i], *np.asarray(memory["temperature"])[:5]]
             sim = np.asarray([[[q[c] @ z[c] for z in zs]] for c in range(2)])
-            tau = np.asarray([[[midway(float(tq[c] @ t[c])) for t in ts]] for c in range(2)])
+            tau = np.asarray([[[midway(float(tq[c] @ t[c]) + added) for t in ts]] for c in range(2)])
             pos = np.arange(6)[None] == 0
             want += loop_contrastive(sim, tau, pos, ~pos, 4, 0.3, "max", False)[0] / 2
         assert found[i] == pytest.approx(want, rel=1e-4, abs=1e-5)
@@ -462,7 +464,8 @@ def test_on_simsiam_temperatures_come_from_predictions_and_stopped_targets():
         for v in (1, 2):
             for c in range(2):
                 p, h = get("predicted_heads", v)[i, c], get("heads", 3 - v)[i, c]
-                tau = midway(float(get("predicted_temperature", v)[i, c] @ get("temperature", 3 - v)[i, c]))
+                score = get("predicted_temperature", v)[i, c] @ get("temperature", 3 - v)[i, c]
+                tau = midway(float(score + outputs["temperature_last"].value[c, 0]))
                 want += -unit(p) @ unit(h) / (2 * tau) + 0.3 * omega(tau, 4)
         assert found[i] == pytest.approx(want, rel=1e-4, abs=1e-5)
 
