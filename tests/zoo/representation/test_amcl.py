@@ -2,6 +2,7 @@
 
 import functools
 import math
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -10,8 +11,10 @@ import pytest
 
 from zoo import hosts
 from zoo.base import CompositionError, Context, Shared, check_fit, total_loss
+from zoo.losses.siamese import cross_correlation
+from zoo.metrics.neighbours import knn_classify
 from zoo.nn.mlp import MLP
-from zoo.nn.pair_temperature import AdaptiveHeads, bounded_temperature, pair_scores
+from zoo.nn.pair_temperature import AdaptiveHeads, PairTemperature, aligned_scores, bounded_temperature, pair_scores
 from zoo.ops.queues import enqueue, init_queue
 from zoo.representation.amcl import (
     HeadRows,
@@ -294,6 +297,33 @@ def test_cross_correlation_is_the_definition():
 def test_settings_that_cannot_work(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+# --- the released code's numbers --------------------------------------------------------------------------------------
+
+GOLDEN = np.load(Path(__file__).parents[2] / "golden" / "amcl_official.npz")
+
+
+def test_released_temperatures_and_regulariser():
+    z1, z2 = (jnp.asarray(GOLDEN[k]) for k in ("z1", "z2"))
+    net = PairTemperature("concat", 128, normalise=False)
+    params = {k: jnp.asarray(GOLDEN[k]) for k in ("hidden_kernel", "hidden_bias", "out")}
+    codes, last = net.apply({"params": params}, jnp.concatenate([z1, z2]), method="embed")
+    tau = bounded_temperature(aligned_scores(codes[:5], codes[5:], last), 1e-5, 2.0)
+    cosine = jnp.sum(unit(np.asarray(z1)) * unit(np.asarray(z2)), -1)
+    # it divides every pair's similarity by every pair's temperature; the pairs' own are on the diagonal
+    np.testing.assert_allclose(cosine.T[None] / tau[:, :, None], GOLDEN["scaled"], rtol=1e-5)
+    regulariser = 0.1 * jnp.sum(jnp.mean(gaussian_temperature_regularizer(tau, 4), 0))
+    assert float(regulariser) == pytest.approx(float(GOLDEN["regulariser"]), rel=1e-5)
+
+
+def test_released_barlow_twins_and_neighbours():
+    a, b = (jnp.asarray(GOLDEN[f"barlow_{k}"]) for k in "ab")
+    correlation = cross_correlation(a, b, unbiased=True)[None]
+    found = amcl_cross_correlation(correlation, jnp.ones_like(correlation), 0.0)
+    assert float(found) == pytest.approx(float(GOLDEN["barlow"]), rel=1e-5)
+    args = (jnp.asarray(GOLDEN[f"knn_{k}"]) for k in ("bank", "labels", "queries"))
+    np.testing.assert_array_equal(knn_classify(*args, 4, 9, 0.1), GOLDEN["knn_predicted"])
 
 
 # --- on hosts ---------------------------------------------------------------------------------------------------------
