@@ -441,7 +441,7 @@ CARD = Card(
         "the last layer of 'concat' starts at zero, so that every temperature starts midway; that of 'dot' starts "
         "small, since a product of zeros would never move, and has an offset, without which a pair of like rows could "
         "not get a temperature below midway",
-        "the regulariser takes the size of a head; the code reads it off a tensor of another shape",
+        "the regulariser takes the size of a head; the code takes the size of the batch",
         "for Barlow Twins temperatures are a table per head and pair of features, which no batch size changes",
     ),
 )

@@ -102,6 +102,8 @@ class Recipe(base.Recipe):
         train, test = data["train"], data["test"]
         if "label" not in train:
             raise UserError(f"{data.name!r} has no field 'label'; the evaluation of features needs classes")
+        if train["x"].ndim != 4:
+            raise UserError(f"{data.name!r} holds points of shape {train['x'].shape[1:]}; this recipe augments images")
         if len(train["x"]) < self.batch_size:
             raise UserError(f"--batch-size {self.batch_size} exceeds the {len(train['x'])} images of {data.name!r}")
         module, stack = self.module(), self.stack()
@@ -160,6 +162,9 @@ class Recipe(base.Recipe):
 
     def stack(self) -> Callable:
         """One random view of an image."""
+        for name in ("smallest_crop", "strength"):
+            if not 0 < getattr(self, name) <= 1:
+                raise UserError(f"--{name.replace('_', '-')} must lie in (0, 1], got {getattr(self, name)}")
         try:
             return augmentation_stack(self.augmentations, self.smallest_crop, self.strength)
         except ValueError as error:
