@@ -444,7 +444,8 @@ def example() -> dict[str, Any]:
         return {
             "objective": make[host](module, views),
             "batch": batch,
-            "optimizer": optax.adam(1e-3),
+            # a bias before batch statistics has no gradient but rounding, which adam would make as large as any other
+            "optimizer": optax.sgd(1e-2) if fields.get("normalise") else optax.adam(1e-3),
             "transform": amcl(KINDS[host], lower=0.1),
             "num_examples": 32,
         }
