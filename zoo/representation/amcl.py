@@ -260,12 +260,12 @@ def amcl_cross_correlation(
 
 
 NEEDS: dict[str, tuple[str, ...]] = {
-    "contrastive": ("temperature",),
+    "contrastive": ("views", "temperature"),
     "queue": ("temperature",),
     "negcos": ("predicted_heads", "temperature", "predicted_temperature"),
     "cross_correlation": ("temperature_table",),
 }
-"""What each kind of host's module must return beside ``heads``."""
+"""What each kind of host must provide beside itself and its module's ``heads``."""
 
 
 def amcl(
@@ -282,9 +282,9 @@ def amcl(
     """The method, for a host of ``zoo.hosts`` over a module such as :class:`AdaptiveHeads`.
 
     It replaces the host's elements, so it comes first in a chain.  ``"contrastive"`` (SimCLR, CAN): the candidates of a
-    view are the views of all other examples, and an example's loss is the mean of its two views'.  ``"queue"`` (MoCo):
-    the candidates are the queue's keys, head by head; mean of both orders.  ``"negcos"`` (SimSiam): the sum of both
-    directions.  ``"cross_correlation"`` (Barlow Twins): one element of unit ``batch``.
+    view are the views of all other examples, and an example's loss is the mean of its two views'; labels are not read.
+    ``"queue"`` (MoCo): the candidates are the queue's keys, head by head; mean of both orders.  ``"negcos"`` (SimSiam):
+    the sum of both directions.  ``"cross_correlation"`` (Barlow Twins): one element of unit ``batch``.
 
     The soft form is the default, as the brief's safe choice: with the hardest negative alone, the paper's Table 2, our
     encoders of small images collapse (every pair alike, then temperatures at their limits).
