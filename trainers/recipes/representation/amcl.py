@@ -339,6 +339,7 @@ def draw_pairs(
             axis.plot(sim[c][~own][some], tau[c][~own][some], ".", color=colour, markersize=2, alpha=0.4)
             axis.plot(sim[c][own], tau[c][own], "+", color=colour, markersize=5, label=f"head {c + 1}")
         axis.set_yscale("log")
+        axis.set_ylim(0.9 * recipe.lower, 1.1 * recipe.upper)
         axis.set_title("temperature of a pair: + one image, . different", fontsize=9)
         axis.set_xlabel("cosine in the head")
         axis.set_ylabel("temperature")
