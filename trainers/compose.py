@@ -23,6 +23,7 @@ from zoo import base, hosts
 from zoo.base import CompositionError, Loss, LossTransformation, Objective
 from zoo.losses import pairs
 from zoo.nn.mlp import MLP
+from zoo.nn.pair_temperature import AdaptiveHeads
 from zoo.nn.siamese import Siamese
 from zoo.objectives import ema_teacher, frozen_tower, memory_bank, supervised, weighted_sum
 
@@ -74,6 +75,7 @@ def shared_hosts() -> tuple[Host, ...]:
     """Every host of ``zoo/hosts.py`` and every combinator of ``zoo/objectives.py``, as tiny instances."""
     net = MLP((8,), 4)
     siamese = Siamese(net, MLP((), 4), MLP((4,), 4))
+    heads = functools.partial(AdaptiveHeads, MLP((8,), 8), 2, 8, 4, temperature_hidden=8)
     simplex = np.eye(4, dtype=np.float32) - 0.25
     plain = supervised(MLP((8,), 4))
     agree = lambda s, t, b, c: Loss(  # noqa: E731
@@ -107,6 +109,11 @@ def shared_hosts() -> tuple[Host, ...]:
         "moco": hosts.moco(net, _two, queue=32),
         "simsiam": hosts.simsiam(siamese, _two),
         "barlow twins": hosts.barlow_twins(net, _two),
+        "simclr, several heads": hosts.simclr(heads(), _two),
+        "moco, several heads": hosts.moco(heads(), _two, queue=32),
+        "simsiam, several heads": hosts.simsiam(heads(normalise=True, predictor=4), _two),
+        "barlow twins, several heads": hosts.barlow_twins(heads(normalise=True, temperature="table"), _two),
+        "supervised contrastive, several heads": hosts.supervised_contrast(heads(), _two),
         "weighted sum": weighted_sum({"a": (1.0, plain), "b": (0.5, plain)}),
         "ema teacher": ema_teacher(plain, agree),
         "memory bank": memory_bank(hosts.metric_learning(net, close), remember, 24),
@@ -186,7 +193,8 @@ def tables(rows: list[dict[str, Any]]) -> str:
     """The shared hosts' part as a Markdown table; reasons are numbered below it."""
     names = list(dict.fromkeys(r["transformation"] for r in rows))
     reasons: dict[str, int] = {}
-    lines = ["| host | " + " | ".join(names) + " |", "| --- |" + " :-: |" * len(names)]
+    short_names = [n.split(" over ")[0] for n in names]
+    lines = ["| host | " + " | ".join(short_names) + " |", "| --- |" + " :-: |" * len(names)]
     for host in dict.fromkeys(r["host"] for r in rows if r["shared"]):
         cells = []
         for r in (r for r in rows if r["host"] == host):

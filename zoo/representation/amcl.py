@@ -260,7 +260,7 @@ def amcl_cross_correlation(
 
 
 NEEDS: dict[str, tuple[str, ...]] = {
-    "contrastive": ("views", "temperature"),
+    "contrastive": ("views", "instances", "temperature"),
     "queue": ("temperature",),
     "negcos": ("predicted_heads", "temperature", "predicted_temperature"),
     "cross_correlation": ("temperature_table",),

@@ -565,7 +565,7 @@ def test_it_names_the_missing_heads_and_the_kind():
     encoder = Halves((7,), 4)
     with pytest.raises(CompositionError, match=r"MultiHeadProjector requires 'heads', .*which simclr does not provide"):
         check_fit(amcl(), hosts.simclr(encoder, IDENTITY))
-    with pytest.raises(CompositionError, match="requires 'contrastive', which moco does not provide"):
+    with pytest.raises(CompositionError, match="requires 'contrastive', 'instances', which moco does not provide"):
         check_fit(amcl(), host_of("queue", module_of("queue")))
     with pytest.raises(CompositionError, match="'predicted_heads', 'predicted_temperature', which simsiam does not"):
         check_fit(amcl("negcos"), hosts.simsiam(module_of("contrastive"), IDENTITY))
