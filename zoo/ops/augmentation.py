@@ -60,7 +60,7 @@ _KINDS = {
     **dict.fromkeys(GEOMETRIC, _WARP),
 }
 
-Image = Shaped[Array, "h w c"]
+ImageArray = Shaped[Array, "h w c"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,7 +139,7 @@ def sample_transform(key: Array, space: AugmentationSpace) -> Transform:
 
 
 def sample_transforms(keys: Array, space: AugmentationSpace, n: int) -> Transform:
-    """``n`` transformations for each of ``keys [B]``; fields ``[n, B]``.  Those of an example depend on its key only."""
+    """``n`` transformations for each of ``keys [B]``; fields ``[n, B]``.  They depend on an example's key only."""
     each = lambda j: jax.vmap(lambda k: sample_transform(jax.random.fold_in(k, j), space))(keys)  # noqa: E731
     return jax.vmap(each)(jnp.arange(n))
 
@@ -172,7 +172,7 @@ def check_images(images: np.ndarray, where: str = "images") -> None:
         raise ValueError(f"{where}: {expected}; got {images.dtype} from {low:g} to {high:g}")
 
 
-def augment(image: Image, transform: Transform, space: AugmentationSpace) -> Image:
+def augment(image: ImageArray, transform: Transform, space: AugmentationSpace) -> ImageArray:
     """Applies one transformation to one image; vmap over both for a batch.
 
     Args:
@@ -318,23 +318,24 @@ def _mean_level(grey: Int[Array, "h w"]) -> Int[Array, ""]:
 def _matrices(space: AugmentationSpace, height: int, width: int) -> np.ndarray:
     """i32 ``[ops, levels, sign, 6]``: every warp of a space in fixed point; other operations have the identity."""
     out = np.empty((len(space.ops), space.levels, 2, 6), np.int32)
-    top = space.levels - 1
     for i, op in enumerate(space.ops):
         for level in range(space.levels):
             for positive in (0, 1):
-                sign = 1 if positive else -1
-                shear = sign * (float(level) * space.shear / top)
-                shift = sign * int(level * space.translate / top)
-                a, b, c, d, e, f = {
-                    "rotate": lambda: _rotation(sign * int(level * space.rotate / top), height, width),
-                    "shear_x": lambda: (1, shear, 0, 0, 1, 0),
-                    "shear_y": lambda: (1, 0, 0, shear, 1, 0),
-                    "translate_x": lambda: (1, 0, shift, 0, 1, 0),
-                    "translate_y": lambda: (1, 0, 0, 0, 1, shift),
-                }.get(op, lambda: (1, 0, 0, 0, 1, 0))()
+                a, b, c, d, e, f = _matrix(space, op, level, 1 if positive else -1, height, width)
                 places = (a, b, c + a * 0.5 + b * 0.5, d, e, f + d * 0.5 + e * 0.5)
                 out[i, level, positive] = [math.floor(v * 65536.0 + 0.5) for v in places]
     return out
+
+
+def _matrix(space: AugmentationSpace, op: str, level: int, sign: int, height: int, width: int) -> tuple[float, ...]:
+    # output to input, origin at the upper left corner; angles and shifts are truncated to integers
+    top = space.levels - 1
+    if op == "rotate":
+        return _rotation(sign * int(level * space.rotate / top), height, width)
+    shear, shift = sign * (float(level) * space.shear / top), sign * int(level * space.translate / top)
+    across = shear if op == "shear_x" else 0
+    down = shear if op == "shear_y" else 0
+    return 1, across, shift if op == "translate_x" else 0, down, 1, shift if op == "translate_y" else 0
 
 
 def _rotation(degrees: int, height: int, width: int) -> tuple[float, ...]:
