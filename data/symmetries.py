@@ -11,7 +11,7 @@ SIDE = 8
 
 
 def six_nine(
-    seed: int = 0, train: int = 128, test: int = 256, canvas: int = 16, shift: int = 4, flips: float = 0.0
+    seed: int = 0, train: int = 128, test: int = 256, canvas: int = 12, shift: int = 2, flips: float = 0.0
 ) -> Dataset:
     """Sixes against sixes turned upside down: displacement changes nothing, a half-turn swaps the two classes.
 

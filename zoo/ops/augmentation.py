@@ -78,11 +78,11 @@ class AugmentationSpace:
     """
 
     ops: tuple[str, ...] = OPS
-    shear: float = 0.3
-    translate: float = 10
-    rotate: float = 30
+    shear: int | float = 0.3
+    translate: int | float = 10
+    rotate: int | float = 30
     posterize: int = 4
-    enhance: tuple[float, float] = (0.1, 1.9)
+    enhance: tuple[int | float, int | float] = (0.1, 1.9)
     levels: int = 30
 
     def __post_init__(self):
