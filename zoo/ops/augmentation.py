@@ -298,7 +298,7 @@ def equalize_table(counts: Int[Array, "256"]) -> Int[Array, "256"]:
     return jnp.where((step > 0) & (jnp.sum(present) > 1), table, value)
 
 
-def blend(degenerate: Int[Array, "*dims"], pixels: Int[Array, "*dims"], products: Float[Array, "511"]) -> Array:
+def blend(degenerate: Int[Array, "..."], pixels: Int[Array, "..."], products: Float[Array, "511"]) -> Array:
     """``degenerate + factor (pixels - degenerate)``, truncated and clipped to 0..255.
 
     Args:
@@ -327,7 +327,9 @@ def _matrices(space: AugmentationSpace, height: int, width: int) -> np.ndarray:
     return out
 
 
-def _matrix(space: AugmentationSpace, op: str, level: int, sign: int, height: int, width: int) -> tuple[float, ...]:
+def _matrix(
+    space: AugmentationSpace, op: str, level: int, sign: int, height: int, width: int
+) -> tuple[int | float, ...]:
     # output to input, origin at the upper left corner; angles and shifts are truncated to integers
     top = space.levels - 1
     if op == "rotate":
@@ -338,7 +340,7 @@ def _matrix(space: AugmentationSpace, op: str, level: int, sign: int, height: in
     return 1, across, shift if op == "translate_x" else 0, down, 1, shift if op == "translate_y" else 0
 
 
-def _rotation(degrees: int, height: int, width: int) -> tuple[float, ...]:
+def _rotation(degrees: int, height: int, width: int) -> tuple[int | float, ...]:
     # counter-clockwise about the centre, rounded to 15 places as PIL does
     angle = -math.radians(degrees % 360.0)
     cos, sin = round(math.cos(angle), 15), round(math.sin(angle), 15)

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Float
-
-Zero = Literal["accept", "reject"]
 
 
 @struct.dataclass
@@ -26,7 +24,7 @@ class Chain:
 
 
 def acceptance(
-    proposed: Float[Array, "*dims"], current: Float[Array, "*dims"], zero: Zero = "accept"
+    proposed: Float[Array, "*dims"], current: Float[Array, "*dims"], zero: str = "accept"
 ) -> Float[Array, "*dims"]:
     """The probability of moving, ``min(1, proposed / current)``; proposals are uniform, so they cancel.
 
@@ -51,7 +49,7 @@ def acceptance(
 
 
 def metropolis_hastings(
-    density: Float[Array, "n *dims"], uniforms: Float[Array, "moves *dims"], zero: Zero = "accept"
+    density: Float[Array, "n *dims"], uniforms: Float[Array, "moves *dims"], zero: str = "accept"
 ) -> Chain:
     """Runs chains of ``n - 1`` moves through ``n`` proposals; state 0 is where each begins.
 

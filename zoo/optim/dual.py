@@ -40,7 +40,7 @@ def dual_init(duals: Sequence[float]) -> DualState:
     return DualState(jnp.asarray(duals, jnp.float32), jnp.zeros(len(duals), jnp.int32))
 
 
-def dual_ascent(state: DualState, slack: Float[Array, "k"], rate: float) -> DualState:
+def dual_ascent(state: DualState, slack: Float[Array, "k"], rate: int | float) -> DualState:
     """One step of projected ascent: ``gamma <- max(0, gamma + rate * slack)``.
 
     Args:

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -51,7 +51,6 @@ from zoo.ops.images import Augmentation
 from zoo.ops.metropolis import Chain, metropolis_hastings
 from zoo.optim.dual import DualState, dual_ascent, dual_init, lagrangian
 
-Sampler = Literal["metropolis_hastings", "adversarial", "adversarial_identity"]
 SAMPLERS = ("metropolis_hastings", "adversarial", "adversarial_identity")
 STATE = "invariance"
 _ROWS_APART = 1 << 22  # between the row numbers of an example's copies, whose randomness must differ
@@ -92,9 +91,9 @@ class Views:
 def choose_proposals(
     losses: Float[Array, "n m b"],
     uniforms: Float[Array, "moves m b"],
-    sampler: Sampler = "metropolis_hastings",
-    kappa: float = 0.0,
-    variant: Literal["paper", "official"] = "paper",
+    sampler: str = "metropolis_hastings",
+    kappa: int | float = 0.0,
+    variant: str = "paper",
 ) -> Chain:
     """Which proposal each chain ends at.
 
@@ -125,22 +124,22 @@ def keep_clean(uniforms: Float[Array, "b"], gamma: Float[Array, ""]) -> Bool[Arr
 def invariance_constrained(
     host: Objective,
     space: AugmentationSpace,
-    epsilon: float,
-    dual_rate: float = 1e-4,
+    epsilon: int | float,
+    dual_rate: int | float = 1e-4,
     steps: int = 2,
     chains: int = 1,
     *,
-    sampler: Sampler = "metropolis_hastings",
+    sampler: str = "metropolis_hastings",
     sample: bool = False,
-    dual_start: float | None = None,
-    kappa: float = 0.0,
+    dual_start: int | float | None = None,
+    kappa: int | float = 0.0,
     base: Augmentation | None = None,
     normalise: Callable[[Array], Array] | None = None,
     erase: Augmentation | None = None,
     inputs: str = "x",
     keep_statistics: bool = False,
     epochs: int = 1,
-    variant: Literal["paper", "official"] = "paper",
+    variant: str = "paper",
 ) -> Objective:
     """The host's loss subject to ``augmented loss <= epsilon``.
 

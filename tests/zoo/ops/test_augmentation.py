@@ -104,7 +104,9 @@ def test_a_blend_is_rounded_between_product_and_sum():
             factor = float(level) * (space.enhance[1] - space.enhance[0]) / 29 + space.enhance[0]
             expected = np.asarray(Image.blend(Image.fromarray(a[None]), Image.fromarray(b[None]), factor))[0]
             products = jnp.asarray(aug._products(space))[level]
-            np.testing.assert_array_equal(aug.blend(a.astype(np.int32), b.astype(np.int32), products), expected)
+            np.testing.assert_array_equal(
+                aug.blend(jnp.asarray(a, jnp.int32), jnp.asarray(b, jnp.int32), products), expected
+            )
 
 
 def test_level_0_changes_nothing_where_the_strength_is_nothing():
