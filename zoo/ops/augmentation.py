@@ -95,6 +95,8 @@ class AugmentationSpace:
             raise ValueError(f"an operation stands twice in {self.ops}")
         if self.levels < 2:
             raise ValueError(f"levels must be at least 2, got {self.levels}")
+        if not 0 <= self.translate < 1 << 14:
+            raise ValueError(f"translate must lie in 0..16383 pixels, got {self.translate}")
         if not 0 <= self.posterize <= 8:
             raise ValueError(f"posterize must lie in 0..8 bits, got {self.posterize}")
 

@@ -304,7 +304,7 @@ def acceptance_rate(accepted: Bool[Array, "b moves m"], mask: Bool[Array, "b"]) 
     return made / jnp.maximum(jnp.sum(mask) * accepted.shape[1] * accepted.shape[2], 1)
 
 
-def operation_shares(counts: Int[Array, "epochs ops levels"]) -> tuple[np.ndarray, np.ndarray]:
+def operation_shares(counts: Int[Array | np.ndarray, "epochs ops levels"]) -> tuple[np.ndarray, np.ndarray]:
     """What the model found hard, on the host.
 
     Returns:

@@ -198,6 +198,8 @@ def test_images_of_another_range_are_refused():
         ({"ops": ("rotate", "rotate")}, "twice"),
         ({"levels": 1}, "levels"),
         ({"posterize": 9}, "posterize"),
+        ({"translate": 1 << 14}, "translate"),
+        ({"translate": -1}, "translate"),
     ],
 )
 def test_spaces_that_cannot_work_are_refused(change, says):
