@@ -210,3 +210,19 @@ def test_spaces_that_cannot_work_are_refused(change, says):
 def test_nothing_is_smoothed_where_there_is_no_inside():
     thin = jnp.arange(10, dtype=jnp.int32).reshape(2, 5, 1)
     np.testing.assert_array_equal(aug.smooth(thin), thin)
+
+
+def test_operations_are_the_same_inside_a_larger_program():
+    """Several transformations of one image, compiled with one image shared by all, as the objective does."""
+    rng = np.random.default_rng(0)
+    images = jnp.asarray(rng.integers(0, 256, (16, 8, 8, 1)).astype(np.uint8))
+    t = Transform(*(jnp.asarray(rng.integers(a, b, (16, 2))) for a, b in ((0, 14), (1, 30))), jnp.ones((16, 2), bool))
+    t = t.replace(op=t.op.at[:, 1].set(OPS.index("sharpness")))
+    several = jax.jit(jax.vmap(jax.vmap(lambda i, t: aug.augment(i, t, fixed_standard()), (None, 0))))(images, t)
+    for j in range(2):
+        triples = np.stack([np.asarray(v)[:, j] for v in (t.op, t.level, t.positive)], 1).astype(int)
+        expected = [
+            pil(np.asarray(i), OPS[op], int(level), 1, *SPACES["fixed"][1:])
+            for i, (op, level, _) in zip(images, triples, strict=True)
+        ]
+        np.testing.assert_array_equal(several[:, j], np.stack(expected))
