@@ -118,10 +118,7 @@ class Recipe(base.Recipe):
             dataset = image_dataset(self.data.name, self.data.path)
         if "label" not in dataset["train"]:
             raise UserError(f"{dataset.name!r} has no field 'label'; invariance_augment trains a classifier")
-        splits = {
-            s: {"x": (a["x"] + 1) / 2 if a["x"].dtype != np.uint8 else a["x"], "label": a["label"]}
-            for s, a in dataset.splits.items()
-        }
+        splits = {s: {"x": (a["x"] + 1) / 2, "label": a["label"]} for s, a in dataset.splits.items()}
         try:
             check_images(splits["train"]["x"], dataset.name)
         except ValueError as error:
@@ -162,10 +159,12 @@ class Recipe(base.Recipe):
           UserError: settings that the method refuses.
         """
         views = self.views()
-        if self.epochs < 1:
-            raise UserError(f"--epochs must be at least 1, got {self.epochs}")
-        if self.proposals < 1:
-            raise UserError(f"--proposals must be at least 1 (uniform augmentation), got {self.proposals}")
+        for flag, value in (("epochs", self.epochs), ("proposals", self.proposals), ("chains", self.chains)):
+            if value < 1:
+                note = " (1 is uniform augmentation)" if flag == "proposals" else ""
+                raise UserError(f"--{flag} must be at least 1{note}, got {value}")
+        if self.dual_start is not None and self.dual_start < 0:
+            raise UserError(f"--dual-start must not be negative, got {self.dual_start}")
         try:
             return invariance_constrained(
                 supervised(network),
@@ -184,7 +183,8 @@ class Recipe(base.Recipe):
                 variant=self.variant,
             )
         except ValueError as error:
-            raise UserError(f"--{str(error).replace('_', '-', 1)}") from None
+            said = str(error).replace("dual_rate=0", "--dual-rate 0").replace("dual_rate must", "dual-rate must")
+            raise UserError(f"--{said.replace('sample=True', 'sample')}") from None
 
     def _run(self, dataset: Dataset, network: nn.Module, objective: Objective, figures: Callable | None) -> Run:
         stream = training_stream({k: dataset["train"][k] for k in ("x", "label")}, self.batch_size, self.seed)
