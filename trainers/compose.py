@@ -74,7 +74,7 @@ def _two(key, x):
 def shared_hosts() -> tuple[Host, ...]:
     """Every host of ``zoo/hosts.py`` and every combinator of ``zoo/objectives.py``, as tiny instances."""
     net = MLP((8,), 4)
-    siamese = Siamese(net, MLP((), 4), MLP((4,), 4))
+    siamese = Siamese(net, MLP((), 4), MLP((32,), 4))  # wide: a row whose units all die has no direction
     heads = functools.partial(AdaptiveHeads, MLP((8,), 8), 2, 8, 4, temperature_hidden=8)
     simplex = np.eye(4, dtype=np.float32) - 0.25
     plain = supervised(MLP((8,), 4))
@@ -111,7 +111,7 @@ def shared_hosts() -> tuple[Host, ...]:
         "barlow twins": hosts.barlow_twins(net, _two),
         "simclr, several heads": hosts.simclr(heads(), _two),
         "moco, several heads": hosts.moco(heads(), _two, queue=32),
-        "simsiam, several heads": hosts.simsiam(heads(normalise=True, predictor=4), _two),
+        "simsiam, several heads": hosts.simsiam(heads(normalise=True, predictor=32), _two),
         "barlow twins, several heads": hosts.barlow_twins(heads(normalise=True, temperature="table"), _two),
         "supervised contrastive, several heads": hosts.supervised_contrast(heads(), _two),
         "weighted sum": weighted_sum({"a": (1.0, plain), "b": (0.5, plain)}),

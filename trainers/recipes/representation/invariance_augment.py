@@ -410,8 +410,14 @@ def example() -> dict:
     views = lambda key, x: (x + 0.1 * jax.random.normal(key, x.shape), x)  # noqa: E731
     make = functools.partial(invariance_constrained, space=space, dual_rate=0.05, dual_start=0.5, normalise=scale)
     row = {"batch": batch, "optimizer": optax.sgd(0.05, 0.9), "transform": None, "num_examples": 16}
+
+    def wrapper(host):
+        # losses that are negative cosines begin at -1
+        return invariance_constrained(host, space, 0.5, 0.05, dual_start=0.5, kappa=-float("negcos" in host.provides))
+
     return {
         **row,
+        "wrapper": wrapper,
         "objective": make(classifier, epsilon=0.5, epochs=3),
         "also": {
             "simclr": {**row, "objective": make(simclr(MLP((16,), 8), views, 0.5), epsilon=1.0)},
