@@ -1,4 +1,4 @@
-"""Gaussian likelihoods of reconstructions, and the divergence that a variational autoencoder adds to them."""
+"""Gaussian likelihoods of reconstructions (their companion, the KL term, is ``zoo.losses.ranking.gaussian_kl``)."""
 
 from __future__ import annotations
 
@@ -30,9 +30,3 @@ def optimal_sigma_nll(
     # a perfect reconstruction has no finite likelihood
     mse = jnp.maximum(jnp.sum(per_example) / (size * jnp.maximum(jnp.sum(real), 1)), 1e-12)
     return jnp.where(real, 0.5 * per_example / mse + 0.5 * size * jnp.log(mse), 0.0)
-
-
-def gaussian_kl(mean: Float[Array, "b z"], log_variance: Float[Array, "b z"]) -> Float[Array, "b"]:
-    """``KL(N(mu, exp logvar) || N(0, I)) = -0.5 sum(1 + logvar - mu^2 - exp logvar)``, f32 ``[b]``."""
-    mean, log_variance = mean.astype(jnp.float32), log_variance.astype(jnp.float32)
-    return -0.5 * jnp.sum(1.0 + log_variance - jnp.square(mean) - jnp.exp(log_variance), -1)

@@ -1,7 +1,7 @@
 """How alike two embeddings of the same items are: shared neighbours, ranks, cosines, and centred kernel alignment.
 
-Row i of both embeddings is the same item; the widths must agree where vectors of one are compared with those of the other
-(absolute embeddings of equal size, or relative representations on one list of anchors).  Searches go through
+Row i of both embeddings is the same item; the widths must agree where vectors of one are compared with those of the
+other (absolute embeddings of equal size, or relative representations on one list of anchors).  Searches go through
 ``zoo.ops.search.mips_topk`` in chunks: no N x N matrix exists.
 """
 

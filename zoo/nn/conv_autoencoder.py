@@ -114,10 +114,39 @@ class GaussianBottleneck(nn.Module):
     def __call__(
         self, h: Float[Array, "b d"], keys: Array | None = None
     ) -> tuple[Float[Array, "b z"], Float[Array, "b z"], Float[Array, "b z"]]:
-        """``mean``, ``log variance`` and ``z = mean + exp(logvar / 2) eps``; without keys (one per row) z is the mean."""
+        """Mean, log-variance and ``z = mean + exp(logvar / 2) eps``; without keys (one per row) z is the mean."""
         mean = nn.Dense(self.features, dtype=self.dtype, name="mean")(h).astype(jnp.float32)
         log_variance = nn.Dense(self.features, dtype=self.dtype, name="log_variance")(h).astype(jnp.float32)
         if keys is None:
             return mean, log_variance, mean
         noise = jax.vmap(lambda key: jax.random.normal(key, (self.features,)))(keys)
         return mean, log_variance, mean + jnp.exp(0.5 * log_variance) * noise
+
+
+class VariationalDecoder(nn.Module):
+    """A Gaussian bottleneck and a decoder behind it.
+
+    Attributes:
+      latent: z, the bottleneck's width.
+      shape, widths, output, dtype, axis_name: see :class:`ConvDecoder`.
+    """
+
+    latent: int
+    shape: tuple[int, int, int]
+    widths: tuple[int, ...] = (32, 64)
+    output: str = "sigmoid"
+    dtype: Any = jnp.float32
+    axis_name: str | None = None
+
+    @nn.compact
+    def __call__(
+        self,
+        h: Float[Array, "b d"],
+        train: bool = False,
+        mask: Bool[Array, "b"] | None = None,
+        keys: Array | None = None,
+    ) -> dict[str, Array]:
+        """``[B, d]`` to ``reconstruction`` [B, H, W, C], ``mean`` and ``log_variance`` [B, latent]."""
+        mean, log_variance, z = GaussianBottleneck(self.latent, self.dtype, name="bottleneck")(h, keys)
+        decoder = ConvDecoder(self.shape, self.widths, self.output, self.dtype, self.axis_name, name="decoder")
+        return {"reconstruction": decoder(z, train, mask), "mean": mean, "log_variance": log_variance}

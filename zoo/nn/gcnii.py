@@ -2,8 +2,8 @@
 
 Chen, Wei, Huang, Ding, Li: "Simple and Deep Graph Convolutional Networks", ICML 2020, arXiv 2007.02133.
 
-A graph is ``x [N, d]`` with edges ``src, dst [E]``, ``mask [E]`` as in ``zoo.nn.graph``; an undirected edge is listed in
-both directions.  ``weight [E]`` and ``loops [N]`` are the entries of the propagation matrix (:func:`symmetric_weights`).
+A graph is ``x [N, d]`` with edges ``src, dst [E]``, ``mask [E]`` as in ``zoo.nn.graph``; an undirected edge is listed
+in both directions.  ``weight [E]`` and ``loops [N]`` make the propagation matrix (:func:`symmetric_weights`).
 """
 
 from __future__ import annotations
@@ -68,10 +68,8 @@ class GCN2Conv(nn.Module):
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(
-        self, x: Float[Array, "n d"], first: Float[Array, "n d"], smoothed: Float[Array, "n d"]
-    ) -> Float[Array, "n d"]:
-        """Features ``x`` (for their width), the first layer's, and ``P x`` (:func:`propagate`), to f32 ``[N, d]``.
+    def __call__(self, smoothed: Float[Array, "n d"], first: Float[Array, "n d"]) -> Float[Array, "n d"]:
+        """``P x`` (:func:`propagate`) and the first layer's features, to f32 ``[N, d]``.
 
         Raises:
           ValueError: a layer number below 1.
@@ -79,7 +77,7 @@ class GCN2Conv(nn.Module):
         if self.layer < 1:
             raise ValueError(f"layers count from 1, got {self.layer}")
         beta = math.log(self.theta / self.layer + 1.0)
-        width = x.shape[-1]
+        width = first.shape[-1]
         dense = lambda name: nn.Dense(width, use_bias=False, dtype=self.dtype, name=name)  # noqa: E731
         near, start = (1.0 - self.alpha) * smoothed, self.alpha * first
         if self.shared_weights:
@@ -125,7 +123,7 @@ class GCNII(nn.Module):
             h = dropout(h, self.rate, layer_keys(keys, layer))
             smoothed = propagate(h, src, dst, weight, loops)
             conv = GCN2Conv(layer, self.alpha, self.theta, self.shared_weights, self.dtype, name=f"conv{layer}")
-            h = nn.relu(conv(h, first, smoothed))
+            h = nn.relu(conv(smoothed, first))
         return nn.Dense(self.features, dtype=self.dtype, name="out")(h).astype(jnp.float32)
 
     def example_inputs(self) -> dict[str, jax.ShapeDtypeStruct]:

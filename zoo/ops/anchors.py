@@ -1,8 +1,8 @@
-"""Anchors: the samples that spaces are compared through, chosen by id, shared as an ordered list, refused if it differs.
+"""Anchors: the samples that spaces are compared through, chosen by id and shared as an ordered list.
 
-An anchor is a *sample* (an image, a word, a node), not a vector: two encoders share the list of ids, and each has its own
-latents of it.  The order of the list is part of the contract, since coordinate j of a relative representation is the
-similarity to anchor j.  Parallel anchors (translations, image and caption) are one list of ids of pairs.
+An anchor is a *sample* (an image, a word, a node), not a vector: two encoders share the list of ids, and each has its
+own latents of it.  The order of the list is part of the contract, since coordinate j of a relative representation is
+the similarity to anchor j.  Parallel anchors (translations, image and caption) are one list of ids of pairs.
 """
 
 from __future__ import annotations
