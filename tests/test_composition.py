@@ -18,7 +18,8 @@ from trainers.recipe import Run
 from trainers.record import Record
 from zoo import base
 from zoo.base import CompositionError, Context, Loss, Objective
-from zoo.objectives import ema_teacher, supervised, two_views, weighted_sum
+from zoo.hosts import two_views
+from zoo.objectives import ema_teacher, supervised, weighted_sum
 from zoo.timeseries.dbpm import dynamic_bad_pair_mining
 
 

@@ -20,7 +20,8 @@ from trainers.phases import Alternate, Average, Evaluate, Fit, FitResult, Train,
 from trainers.recipe import Run
 from trainers.record import FileRecord
 from zoo.base import Loss, LossTransformation, batch_mask, example_elements
-from zoo.objectives import memory_bank, two_views
+from zoo.hosts import two_views
+from zoo.objectives import memory_bank
 
 N, D = 52, 12
 ONE = Parallel(devices=1)

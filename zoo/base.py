@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
-UNITS: dict[str, int] = {"example": 1, "pair": 2, "triplet": 3, "token": 2}
+UNITS: dict[str, int] = {"example": 1, "pair": 2, "triplet": 3, "token": 2, "batch": 0}
 """Columns of ``Elements.index`` for each unit: rows of the global batch (for a token: row and position)."""
 
 Batch = Mapping[str, Any]
@@ -108,7 +108,9 @@ class Elements:
       values: f32 ``[n]``, one loss per element.
       index: i32 ``[n, k]``, the rows of the *global* batch each element is made of; the first column is its anchor.
       mask: bool ``[n]``, which elements are real (the number of elements is static; padding is masked).
-      unit: ``"example"`` (k=1), ``"pair"`` (2), ``"triplet"`` (3) or ``"token"`` (2: row, position).
+      unit: ``"example"`` (k=1), ``"pair"`` (2), ``"triplet"`` (3), ``"token"`` (2: row, position) or ``"batch"`` (0:
+        one element that belongs to no row, such as a loss on a correlation matrix).
+      terms: scalars that a loss transformation adds to the reduced elements, by name (a regulariser of the batch).
     """
 
     # pytree fields are untyped: jax fills them with tracers, shapes or None while it rebuilds a tree
@@ -116,6 +118,7 @@ class Elements:
     index: Any
     mask: Any
     unit: str = struct.field(pytree_node=False, default="example")
+    terms: Any = struct.field(default_factory=dict)
 
 
 @struct.dataclass
@@ -185,7 +188,7 @@ def to_examples(e: Elements, rows: int, how: str = "mean") -> Elements:
     total = jax.ops.segment_sum(jnp.where(e.mask, e.values, 0.0), anchor, rows)
     count = jax.ops.segment_sum(e.mask.astype(jnp.int32), anchor, rows)
     values = total / jnp.maximum(count, 1) if how == "mean" else total
-    return Elements(values=values, index=jnp.arange(rows)[:, None], mask=count > 0, unit="example")
+    return e.replace(values=values, index=jnp.arange(rows)[:, None], mask=count > 0, unit="example")
 
 
 @struct.dataclass
@@ -260,7 +263,7 @@ class LossTransformation(NamedTuple):
 
 def identity() -> LossTransformation:
     """The transformation that changes nothing."""
-    return LossTransformation(lambda n: (), lambda e, s, c: (e, s), name="identity")
+    return LossTransformation(lambda n: (), lambda e, s, c: (e, s), tuple(UNITS), name="identity")
 
 
 def examples(how: str = "mean") -> LossTransformation:
@@ -315,7 +318,7 @@ def masked(inner: LossTransformation, where: Callable[[Elements, Context], Bool[
         chosen = where(e, context) & e.mask
         new, state = inner.update(e.replace(mask=chosen, values=jnp.where(chosen, e.values, 0.0)), state, context)
         values, mask = jnp.where(chosen, new.values, e.values), jnp.where(chosen, new.mask, e.mask)
-        return e.replace(values=values, mask=mask), state
+        return e.replace(values=values, mask=mask, terms=new.terms), state
 
     return inner._replace(update=update, name=f"masked({inner.name})")
 
@@ -332,7 +335,8 @@ def scheduled(inner: LossTransformation, schedule: Callable[[Array], Array]) -> 
         s = jnp.asarray(schedule(jnp.asarray(context.step)), e.values.dtype)
         blend = (1 - s) * e.values + s * new.values
         values = jnp.where(s <= 0, e.values, jnp.where(s >= 1, new.values, blend))
-        return e.replace(values=values, mask=jnp.where(s > 0, new.mask, e.mask)), state
+        terms = {**{k: s * v for k, v in new.terms.items()}, **e.terms}
+        return e.replace(values=values, mask=jnp.where(s > 0, new.mask, e.mask), terms=terms), state
 
     return inner._replace(update=update, name=f"scheduled({inner.name})")
 
@@ -401,7 +405,8 @@ def total_loss(
             metrics["loss_before"] = jax.lax.stop_gradient(REDUCERS[reduce](e))
             e, state = transformation.update(e, state, context)
         total = total + REDUCERS[reduce](e)
-    for name, term in loss.terms.items():
+    added = {} if loss.elements is None else e.terms
+    for name, term in {**loss.terms, **added}.items():
         total = total + term
         metrics[name] = jax.lax.stop_gradient(term)
     metrics.update(loss.metrics)

@@ -1,4 +1,7 @@
-"""Objectives from modules, and the combinators that join objectives: sums, teachers, banks, views, frozen towers."""
+"""A supervised objective, and the combinators that join objectives: sums, teachers, memory banks, frozen towers.
+
+What can be learned, host by host, is in ``zoo/hosts.py``.
+"""
 
 from __future__ import annotations
 
@@ -89,44 +92,6 @@ def supervised(
         loss=value,
         provides=("embedding", "logits", "label", "index"),
         gathers=(label,),
-        name=name,
-    )
-
-
-def two_views(
-    module: nn.Module,
-    augment: Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array]],
-    loss: Callable[[jax.Array, jax.Array, jax.Array], jax.Array],
-    inputs: str = "x",
-    name: str = "two views",
-) -> Objective:
-    """Two augmented views of each example through one encoder, compared across the global batch.
-
-    Args:
-      module: ``(x [B, ...]) -> z [B, d]``; both views go through it as one batch of 2B.
-      augment: ``(key, x_i) -> (view, view)`` for one example, vmapped with per-example keys.
-      loss: ``(z1 [B, d], z2 [B, d], mask [B]) -> [B]``.
-    """
-
-    def forward(variables, batch, context):
-        first, second = jax.vmap(augment)(context.example_keys(batch, "views"), batch[inputs])
-        both = jnp.concatenate([first, second])
-        twice = {k: jnp.concatenate([v, v]) for k, v in batch.items() if k in ("mask", "row")}
-        if "row" in twice:  # the second view's dropout must differ from the first's
-            twice["row"] = twice["row"].at[first.shape[0] :].add(1 << 30)
-        z, mutated = apply_module(module, variables, both, batch=twice, context=context)
-        z1, z2 = jnp.split(z.astype(jnp.float32), 2)
-        return {"z1": z1, "z2": z2, "embedding": z1}, mutated
-
-    def value(outputs, batch, context):
-        return Loss(example_elements(loss(outputs["z1"], outputs["z2"], batch_mask(batch)), batch))
-
-    return Objective(
-        init=lambda rng, batch: init_module(module, rng, batch, batch[inputs]),
-        forward=forward,
-        loss=value,
-        provides=("embedding", "views", "index"),
-        gathers=("label",),
         name=name,
     )
 

@@ -57,7 +57,7 @@ def test_pairs_reduce_to_their_anchors(how, expected):
 
 
 def test_elements_check_unit_and_shapes():
-    with pytest.raises(ValueError, match="unit must be one of example, pair, triplet, token; got 'quad'"):
+    with pytest.raises(ValueError, match="unit must be one of example, pair, triplet, token, batch; got 'quad'"):
         base.elements(jnp.ones(2), jnp.zeros((2, 4), int), jnp.ones(2, bool), "quad")
     with pytest.raises(ValueError, match=r"index \[n, 3\]"):
         base.elements(jnp.ones(2), jnp.zeros((2, 2), int), jnp.ones(2, bool), "triplet")
@@ -75,7 +75,7 @@ def test_chain_applies_in_order_and_keeps_every_state():
 
 def test_chain_follows_units_and_requirements():
     t = base.chain(base.examples(), doubled(requires=("label",)))
-    assert t.units == tuple(base.UNITS) and t.emits == "example" and t.requires == ("label",)
+    assert t.units == ("example", "pair", "triplet", "token") and t.emits == "example" and t.requires == ("label",)
     out, _ = t.update(PAIRS, t.init(4), CONTEXT)
     assert out.unit == "example" and out.values.tolist() == [4, 0, 10, 0]
     with pytest.raises(CompositionError, match="no unit is accepted by all of a, b"):

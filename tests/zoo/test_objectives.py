@@ -9,6 +9,7 @@ import pytest
 import toy
 
 from zoo.base import Context, Loss, batch_mask, example_elements, reduce_mean
+from zoo.hosts import two_views
 from zoo.objectives import (
     apply_module,
     ema_teacher,
@@ -16,7 +17,6 @@ from zoo.objectives import (
     init_module,
     memory_bank,
     supervised,
-    two_views,
     weighted_sum,
 )
 

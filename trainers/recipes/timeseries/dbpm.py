@@ -21,10 +21,10 @@ from trainers import recipe as base
 from trainers.phases import Evaluate, Train
 from trainers.recipe import Benchmark, Data, Export, Optimizer, Run, UserError
 from zoo.base import Context, LossTransformation, Objective, suggest, total_loss
+from zoo.hosts import two_views
 from zoo.losses.contrastive import nt_xent_per_example
 from zoo.nn.heads import ProjectionHead, WithHead
 from zoo.nn.resnet1d import ResNet1D
-from zoo.objectives import two_views
 from zoo.ops.series import ts_jitter, ts_permute, ts_scale
 from zoo.timeseries.dbpm import (
     MiningState,
