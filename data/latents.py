@@ -89,17 +89,17 @@ def rotated_latents(
 def word_spaces(
     seed: int = 0,
     words: int = 300,
-    topics: int = 6,
-    documents: int = 3000,
-    length: int = 24,
-    features: int = 24,
+    topics: int = 8,
+    documents: int = 4000,
+    length: int = 40,
+    features: int = 8,
     test_share: float = 0.3,
 ) -> Latents:
     """Word vectors learnt twice: latent semantic analysis of two halves of a generated corpus, over one vocabulary.
 
-    A document has a topic of its own and uses words of it mostly, some of its neighbour's and some of any; words of a
-    topic fall in frequency as Zipf has it.  A word's label is its topic.  Items are words by falling expected
-    frequency, so that ``top_m`` anchors are the common ones.
+    A word belongs to every topic by a share of its own (Dirichlet, mostly one or two topics); its label is the topic of
+    its largest share.  A document has one topic and draws words by their shares of it and by rank, so that items are
+    words by falling expected frequency and ``top_m`` anchors are the common ones.
 
     Raises:
       DataError: sizes that cannot be generated.
@@ -110,12 +110,10 @@ def word_spaces(
             f"{topics}, {words}, {documents}, {length}, {features}"
         )
     rng = np.random.default_rng(seed)
-    label = (np.arange(words) % topics).astype(np.int32)
-    zipf = 1.0 / (1 + np.arange(words) // topics)
-    law = []
-    for topic in range(topics):
-        weight = np.select([label == topic, label == (topic + 1) % topics], [0.6, 0.25], 0.15 / topics) * zipf
-        law.append(np.cumsum(weight / weight.sum()))
+    share = rng.dirichlet(np.full(topics, 0.3), words)
+    label = share.argmax(1).astype(np.int32)
+    law = (share / np.sqrt(1 + np.arange(words))[:, None]).T
+    law = np.cumsum(law / law.sum(1, keepdims=True), 1)
     owner = rng.integers(topics, size=documents)
     ids = np.stack([np.searchsorted(law[t], rng.random(length)) for t in owner]).clip(0, words - 1)
     models = {}

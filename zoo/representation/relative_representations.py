@@ -15,6 +15,7 @@ in every step.  Either way :func:`stitch` joins encoder i and head j without any
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Mapping
 from typing import Any
@@ -276,12 +277,17 @@ def _asked(module: nn.Module, **offered) -> dict[str, Any]:
 def stitchable(model: RelativeModel, variables: Mapping[str, Any], anchors: AnchorSet) -> Stitchable:
     """A trained model cut in two, with its own latents of the anchors (encoded here unless given)."""
     own = {c: v for c, v in variables.items() if c in ("params", "batch_stats")}
-    encode = jax.jit(lambda x: model.apply(own, x, method="encode"))
+    run = lambda method: functools.partial(_applied, model, method, own)  # noqa: E731
     if anchors.latents is None and model.layer is not None:
-        anchors = anchors.replace(latents=encode(anchors.inputs))
-    represent = None if model.layer is None else lambda z, a: model.apply(own, z, a, method="represent")
-    decode = jax.jit(lambda r: model.apply(own, r, method="decode"))
-    return Stitchable(encode, decode, represent, anchors, int(encode(anchors.inputs[:1]).shape[-1]))
+        anchors = anchors.replace(latents=run("encode")(anchors.inputs))
+    width = jax.eval_shape(run("encode"), anchors.inputs[:1]).shape[-1]
+    return Stitchable(run("encode"), run("decode"), run("represent") if model.layer else None, anchors, width)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _applied(model, method, variables, *args):
+    # models of one architecture share the compiled program
+    return model.apply(variables, *args, method=method)
 
 
 def distances_to_reference(reference: Float[Array, "n k"], others: Float[Array, "m n k"]) -> Float[Array, "m"]:
