@@ -17,7 +17,7 @@ from zoo.ops.search import mips_topk
 
 
 def cosine_neighbours(
-    queries: Float[Array, "q d"], space: Float[Array, "n d"], k: int, chunk: int = 4096
+    queries: Float[Array, "q d"], space: Float[Array, "n e"], k: int, chunk: int = 4096
 ) -> Int[Array, "q k"]:
     """Ids of the k rows of ``space`` of largest cosine with each query, best first (ties: the first).
 
@@ -31,26 +31,26 @@ def cosine_neighbours(
     return in_blocks(lambda rows: mips_topk(l2_normalize(rows), unit, k, chunk)[1], queries, 1024)
 
 
-def topk_jaccard(x: Float[Array, "n d"], y: Float[Array, "n d"], k: int = 10, chunk: int = 4096) -> Float[Array, ""]:
+def topk_jaccard(x: Float[Array, "n d"], y: Float[Array, "n e"], k: int = 10, chunk: int = 4096) -> Float[Array, ""]:
     """Mean ``|A & B| / |A | B|``: A the k nearest of ``x_i`` in the rows of y, B those of ``y_i`` itself (cosine)."""
     crossed, own = cosine_neighbours(x, y, k, chunk), cosine_neighbours(y, y, k, chunk)
     shared = jnp.sum(crossed[:, :, None] == own[:, None, :], (1, 2))
     return jnp.mean(shared / (2 * crossed.shape[1] - shared))
 
 
-def aligned_mrr(x: Float[Array, "n d"], y: Float[Array, "n d"], k: int = 10, chunk: int = 4096) -> Float[Array, ""]:
+def aligned_mrr(x: Float[Array, "n d"], y: Float[Array, "n e"], k: int = 10, chunk: int = 4096) -> Float[Array, ""]:
     """Mean reciprocal rank of item i itself among the k nearest of ``x_i`` in the rows of y; 0 beyond k."""
     found = cosine_neighbours(x, y, k, chunk)
     hit = found == jnp.arange(x.shape[0])[:, None]
     return jnp.mean(jnp.sum(hit / jnp.arange(1, found.shape[1] + 1), 1))
 
 
-def mean_cosine(x: Float[Array, "n d"], y: Float[Array, "n d"]) -> Float[Array, ""]:
+def mean_cosine(x: Float[Array, "n d"], y: Float[Array, "n e"]) -> Float[Array, ""]:
     """Mean cosine between the two vectors of each item."""
     return jnp.mean(jnp.sum(l2_normalize(x.astype(jnp.float32)) * l2_normalize(y.astype(jnp.float32)), -1))
 
 
-def latent_distance(x: Float[Array, "n d"], y: Float[Array, "n d"]) -> Float[Array, ""]:
+def latent_distance(x: Float[Array, "n d"], y: Float[Array, "n e"]) -> Float[Array, ""]:
     """Mean Euclidean distance between the two vectors of each item."""
     return jnp.mean(jnp.sqrt(jnp.sum(jnp.square(x.astype(jnp.float32) - y.astype(jnp.float32)), -1)))
 

@@ -22,6 +22,7 @@ class Stitchable:
       represent: ``(latents [B, d], anchor latents [k, d]) -> [B, k]``; ``None``: the head reads latents as they are.
       anchors: ids, and their latents in THIS model's space.
       width: d.
+      reads: coordinates that the head reads, if known: what ``represent`` of this model gives.
     """
 
     encode: Callable[[Any], Any]
@@ -29,6 +30,7 @@ class Stitchable:
     represent: Callable[[Any, Any], Any] | None
     anchors: AnchorSet | None
     width: int
+    reads: int | None = None
 
 
 def stitch(first: Stitchable, second: Stitchable) -> Callable[[Any], Any]:
@@ -38,7 +40,8 @@ def stitch(first: Stitchable, second: Stitchable) -> Callable[[Any], Any]:
     absolute latents.
 
     Raises:
-      ValueError: different lists of anchors, a relative and an absolute model, or absolute latents of different widths.
+      ValueError: different lists of anchors, another number of coordinates than the head reads, a relative and an
+        absolute model, or absolute latents of different widths.
     """
     if (first.represent is None) != (second.represent is None):
         raise ValueError("one model's head reads relative representations, the other's absolute latents")
@@ -50,6 +53,11 @@ def stitch(first: Stitchable, second: Stitchable) -> Callable[[Any], Any]:
             )
         return lambda x: second.decode(first.encode(x))
     check_same_anchors(first.anchors, second.anchors)
+    if None not in (first.reads, second.reads) and first.reads != second.reads:
+        raise ValueError(
+            f"the first model hands over {first.reads} coordinates, the second's head reads {second.reads}: project "
+            "both with the same layer"
+        )
     return lambda x: second.decode(first.represent(first.encode(x), first.anchors.latents))
 
 

@@ -7,6 +7,7 @@ present encoder; :mod:`zoo.representation.relative_representations` has the proj
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -108,7 +109,7 @@ def relative_autoencoder(
 
 
 def relative_nodes(
-    model: RelativeModel, graph: Mapping[str, Array], anchor_ids: Int[Array, "k"], stop_gradient: bool = False
+    model: RelativeModel, graph: Mapping[str, Any], anchor_ids: Any, stop_gradient: bool = False
 ) -> Objective:
     """A classifier of a graph's nodes; anchors are rows of the same embedding, and gradients flow through them.
 

@@ -144,10 +144,11 @@ class RelativeLayer(nn.Module):
       num_classes, class_groups: average over anchors by class (:func:`class_means`); 0 averages nothing.
       quantise, bin_size: ``"round"`` (:func:`quantise_ste`) or ``"smooth"`` (:func:`smooth_step`).
       latent_bin: quantise the (for cosine: normalised) latents too, straight through; 0 does not.
-      values: ``"similarities"`` (the paper's method); ``"trainable"``: softmax(r) V; ``"anchors"``: softmax(r) A, which
-        turns with the space; ``"self_attention"``: :class:`SimilarityAttention`; ``"relative_anchors"``: r after a
-        layer norm, times the anchors' own relative representations.
+      values: ``"similarities"`` (the paper's method); ``"trainable"``: softmax(r) V; ``"anchors"``: softmax(r) A (unit
+        length for cosine), which turns with the space; ``"self_attention"``: :class:`SimilarityAttention`;
+        ``"relative_anchors"``: r after a layer norm, times the anchors' own relative representations.
       features: width of trainable values.
+      attention_features: of self-attention.
       norm: ``"layer"`` (affine), ``"l2"``, ``"batch"``, ``"standardise"`` (:func:`batch_standardise`) or ``"none"``.
       axis_name: see :class:`zoo.nn.norm.BatchNorm`.
     """
@@ -162,6 +163,7 @@ class RelativeLayer(nn.Module):
     latent_bin: float = 0.0
     values: str = "similarities"
     features: int = 64
+    attention_features: int = 16
     norm: str = "layer"
     axis_name: str | None = None
 
@@ -185,9 +187,10 @@ class RelativeLayer(nn.Module):
             shape = (r.shape[-1], self.features)
             r = nn.softmax(r) @ self.param("values", nn.initializers.normal(1.0), shape)
         elif self.values == "anchors":
-            r = nn.softmax(r) @ anchors.astype(jnp.float32)
+            own = anchors.astype(jnp.float32)
+            r = nn.softmax(r) @ (l2_normalize(own) if self.similarity == "cosine" else own)
         elif self.values == "self_attention":
-            r = SimilarityAttention(name="attention")(r)
+            r = SimilarityAttention(self.attention_features, name="attention")(r)
         elif self.values == "relative_anchors":
             own = self._similarities(anchors, anchors, labels)
             r = nn.LayerNorm(epsilon=1e-5, name="similarity_norm")(r) @ own
@@ -201,9 +204,9 @@ class RelativeLayer(nn.Module):
 
     def _similarities(self, x: Array, anchors: Array, labels: Array | None) -> Array:
         if self.latent_bin:
-            unit = l2_normalize if self.similarity == "cosine" else (lambda v: v)
-            x, anchors = (quantise_ste(unit(v.astype(jnp.float32)), self.latent_bin) for v in (x, anchors))
-        r = subspace_relative(x, anchors, self.subspaces, self.similarity)
+            r = self._rounded(x, anchors)
+        else:
+            r = subspace_relative(x, anchors, self.subspaces, self.similarity)
         if self.num_classes:
             if labels is None:
                 raise ValueError("averaging by class needs the anchors' labels")
@@ -216,6 +219,15 @@ class RelativeLayer(nn.Module):
             flat = r.reshape(r.shape[0], -1)
             return flat if self.pool == "concat" else nn.Dense(r.shape[-1], name="pool")(flat)
         return {"sum": jnp.sum, "mean": jnp.mean, "max": jnp.max}[self.pool](r, 1)
+
+    def _rounded(self, x: Array, anchors: Array) -> Array:
+        # rounded unit vectors are not scaled to unit length again
+        cosine, parts = self.similarity == "cosine", []
+        for pair in zip(jnp.split(x, self.subspaces, -1), jnp.split(anchors, self.subspaces, -1), strict=True):
+            pair = (l2_normalize(v.astype(jnp.float32)) if cosine else v for v in pair)
+            part, own = (quantise_ste(v, self.latent_bin) for v in pair)
+            parts.append(part @ own.T if cosine else relative_projection(part, own, self.similarity))
+        return jnp.stack(parts, 1)
 
     def _check(self) -> None:
         known = {"similarity": SIMILARITIES, "pool": POOLS, "quantise": QUANTISERS, "values": VALUES, "norm": NORMS}
@@ -280,8 +292,11 @@ def stitchable(model: RelativeModel, variables: Mapping[str, Any], anchors: Anch
     run = lambda method: functools.partial(_applied, model, method, own)  # noqa: E731
     if anchors.latents is None and model.layer is not None:
         anchors = anchors.replace(latents=run("encode")(anchors.inputs))
-    width = jax.eval_shape(run("encode"), anchors.inputs[:1]).shape[-1]
-    return Stitchable(run("encode"), run("decode"), run("represent") if model.layer else None, anchors, width)
+    z = jax.eval_shape(run("encode"), anchors.inputs[:1])
+    if model.layer is None:
+        return Stitchable(run("encode"), run("decode"), None, anchors, z.shape[-1], z.shape[-1])
+    reads = jax.eval_shape(run("represent"), z, anchors.latents).shape[-1]
+    return Stitchable(run("encode"), run("decode"), run("represent"), anchors, z.shape[-1], reads)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
