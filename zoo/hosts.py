@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -256,7 +256,7 @@ def barlow_twins(
 def metric_learning(
     module: nn.Module,
     loss: Callable[[jax.Array, jax.Array, jax.Array], jax.Array],
-    compare: Literal["cosine", "distance"] = "cosine",
+    compare: str = "cosine",
     label: str = "label",
     inputs: str = "x",
     reduce: str = "mean",
@@ -297,7 +297,7 @@ def metric_learning(
 def proxies(
     module: nn.Module,
     num_classes: int,
-    loss: Literal["proxy_anchor", "proxy_nca"] = "proxy_anchor",
+    loss: str = "proxy_anchor",
     label: str = "label",
     inputs: str = "x",
     **settings: Any,
@@ -327,7 +327,7 @@ def proxies(
 def softmax_classifier(
     module: nn.Module,
     num_classes: int,
-    head: Literal["linear", "cosine", "cosface", "arcface", "fixed"] = "linear",
+    head: str = "linear",
     scale: float = 16.0,
     margin: float | None = None,
     prototypes: Any = None,

@@ -12,7 +12,6 @@ sorting, or anchors are taken one at a time.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -24,8 +23,8 @@ Mask = Bool[Array, "b m"]
 
 
 def pair_masks(
-    labels: Shaped[Array, "b"],
-    others: Shaped[Array, "m"] | None = None,
+    labels: Shaped[Array, "b *one"],
+    others: Shaped[Array, "m *one"] | None = None,
     mask: Bool[Array, "b"] | None = None,
     other_mask: Bool[Array, "m"] | None = None,
 ) -> tuple[Bool[Array, "b m"], Bool[Array, "b m"]]:
@@ -35,6 +34,9 @@ def pair_masks(
       labels: of the anchors; compared exactly.
       others: of the candidates; by default the candidates are the anchors, and none is its own candidate.
       mask, other_mask: which rows are real; padding is in neither mask.
+
+    Raises:
+      ValueError: labels that are not a list.
     """
     if labels.ndim != 1 or (others is not None and others.ndim != 1):
         raise ValueError(f"labels must be [b], got {list(labels.shape)}; a column [b, 1] would compare wrongly")
@@ -72,7 +74,7 @@ def triplet(
     positive: Mask,
     negative: Mask,
     margin: Number = 0.2,
-    mining: Literal["batch_hard", "batch_all", "semi_hard"] = "batch_hard",
+    mining: str = "batch_hard",
 ) -> Float[Array, "b"]:
     """``relu(s_an - s_ap + margin)`` over the anchor's mined triplets.
 

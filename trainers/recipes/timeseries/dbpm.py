@@ -19,6 +19,7 @@ from data.stream import evaluation_stream, training_stream
 from data.timeseries import PAIR_TYPES, bad_pairs, digits_series, load_ucr
 from trainers import recipe as base
 from trainers.phases import Evaluate, Train
+from trainers.probes import linear_probe
 from trainers.recipe import Benchmark, Data, Export, Optimizer, Run, UserError
 from zoo.base import Context, LossTransformation, Objective, suggest, total_loss
 from zoo.hosts import two_views
@@ -230,16 +231,6 @@ def probe(encoder: ResNet1D, train: Mapping, test: Mapping, batch_size: int) -> 
 def encode(encoder: ResNet1D, variables: Mapping, x: jax.Array) -> jax.Array:
     """The trained encoder's features, without the head."""
     return encoder.apply({c: variables[c]["encoder"] for c in ("params", "batch_stats")}, x)
-
-
-def linear_probe(train_x: np.ndarray, train_y: np.ndarray, test_x: np.ndarray, test_y: np.ndarray) -> float:
-    """Test accuracy of logistic regression on features standardised by the training split's statistics."""
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.preprocessing import StandardScaler
-
-    scaler = StandardScaler().fit(train_x.astype(np.float64))
-    model = LogisticRegression(max_iter=2000).fit(scaler.transform(train_x), train_y)
-    return float(model.score(scaler.transform(test_x), test_y))
 
 
 def draw_pairs(result: Any, workdir: Path, train: Mapping, recipe: Recipe) -> None:
