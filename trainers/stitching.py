@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from zoo.metrics.embeddings import linear_cka
 from zoo.metrics.latents import aligned_mrr, mean_cosine, topk_jaccard
 from zoo.ops.stitching import own_and_stitched
 
@@ -36,7 +37,11 @@ def likeness(latents: Mapping[str, jax.Array], anchors: Mapping, represent) -> d
     pairs = {"relative": (represent(a, own[0]), represent(b, own[1]))}
     pairs |= {"absolute": (a, b)} if a.shape == b.shape else {}
     measures = {"jaccard": topk_jaccard, "mrr": aligned_mrr, "cosine": mean_cosine}
-    return {f"{kind}_{m}": float(jax.jit(f)(x, y)) for kind, (x, y) in pairs.items() for m, f in measures.items()}
+    found = {f"{kind}_{m}": float(jax.jit(f)(x, y)) for kind, (x, y) in pairs.items() for m, f in measures.items()}
+    # linear CKA compares spaces of any widths
+    pairs = {**pairs, "absolute": (a, b)}
+    found |= {f"{kind}_cka": float(jax.jit(linear_cka)(x, y)) for kind, (x, y) in pairs.items()}
+    return {name: value for name, value in found.items() if np.isfinite(value)}
 
 
 def stitching_table(metrics: Mapping[str, float], names: tuple[str, ...]) -> str:

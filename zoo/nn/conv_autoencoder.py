@@ -1,6 +1,7 @@
 """Small convolutional autoencoders: strided convolutions down, transposed ones up, a Gaussian bottleneck between.
 
 Images are NHWC.  Encoder and decoder are modules of their own, so that one model's decoder can read another's latents.
+Convolutions before a batch normalisation have no bias: it would change nothing.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ class ConvEncoder(nn.Module):
         """``[B, H, W, C]`` to ``[B, h w c]``, see :func:`encoded_shape`."""
         h = x.astype(self.dtype)
         for i, width in enumerate(self.widths, start=1):
-            h = nn.Conv(width, (3, 3), (2, 2), padding=1, dtype=self.dtype, name=f"conv{i}")(h)
+            h = nn.Conv(width, (3, 3), (2, 2), padding=1, use_bias=False, dtype=self.dtype, name=f"conv{i}")(h)
             h = BatchNorm(dtype=self.dtype, axis_name=self.axis_name, name=f"norm{i}")(h, train, mask)
             h = nn.gelu(h, approximate=False) if i < len(self.widths) or self.last_activation else h
         return h.reshape(h.shape[0], -1)
@@ -90,7 +91,7 @@ class ConvDecoder(nn.Module):
         h = nn.gelu(h, approximate=False).reshape(-1, *small)
         after = [*self.widths[:-1][::-1], self.widths[0]]
         for i, (width, size) in enumerate(zip(after, sizes[::-1], strict=True), start=1):
-            h = nn.ConvTranspose(width, (4, 4), (2, 2), padding="SAME", dtype=self.dtype, name=f"conv{i}")(h)
+            h = nn.ConvTranspose(width, (4, 4), (2, 2), use_bias=False, dtype=self.dtype, name=f"conv{i}")(h)
             # an odd size was rounded up on the way down
             h = h[:, : size[0], : size[1]]
             h = BatchNorm(dtype=self.dtype, axis_name=self.axis_name, name=f"norm{i}")(h, train, mask)

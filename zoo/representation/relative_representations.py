@@ -364,6 +364,7 @@ CARD = Card(
         "zoo.metrics.latents:aligned_mrr",
         "zoo.metrics.latents:mean_cosine",
         "zoo.metrics.latents:kernel_cka",
+        "zoo.metrics.embeddings:linear_cka",
         "zoo.losses.gaussian:optimal_sigma_nll",
         "zoo.losses.ranking:gaussian_kl",
         "zoo.nn.gcnii:GCNII",

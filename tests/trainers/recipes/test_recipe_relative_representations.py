@@ -61,11 +61,9 @@ def test_your_own_latents_are_stitched_and_the_table_printed(latents, tmp_path):
         r = relative_projection(jnp.asarray(arrays[name][rows]), jnp.asarray(anchors))
         hit = np.mean(np.argmax(model.apply(r), 1) == arrays["labels"][rows])
         assert hit == pytest.approx(m[f"stitching/relative_{i}_0"], abs=1e-6)
-    assert run(tmp_path, data=Data(path=str(latents / "mine.npz")), anchors=24, head_steps=150, batch_size=32)[
-        "already"
-    ]
 
 
+@pytest.mark.slow
 def test_your_own_anchors_are_used(latents, tmp_path):
     found = run(tmp_path, data=Data(path=str(latents / "anchored.npz")), head_steps=3, batch_size=16, bin_size=0.2)
     assert found["metrics"]["anchors/anchors"] == 9
@@ -112,7 +110,7 @@ def test_bad_files_are_refused(tmp_path):
     with pytest.raises(DataError, match=r"not a readable .npz"):
         recipe.Recipe(data=Data(path=str(tmp_path / "bad.npz"))).build()
     np.savez(tmp_path / "zero.npz", a=np.zeros((20, 2)), b=np.ones((20, 2)), labels=np.arange(20) % 2)
-    with pytest.raises(UserError, match=r"model a: the latent of anchor 0 \(id 0\) has zero length"):
+    with pytest.raises(UserError, match=r"model a: the latent of anchor 0 \(id \d+\) has zero length"):
         run(tmp_path / "run", data=Data(path=str(tmp_path / "zero.npz")), anchors=1, anchor_method="farthest")
     np.savez(tmp_path / "images.npz", x=np.zeros((9, 4, 4), np.uint8))
     with pytest.raises(UserError, match="has no labels; heads need them"):
@@ -130,9 +128,9 @@ def test_metrics_and_table_of_known_numbers():
     assert text[2].split() == ["two", "0.600", "/", "-", "0.700", "/", "0.300"]
     a = jnp.asarray(np.random.default_rng(0).normal(size=(9, 3)), jnp.float32)
     same = likeness({"a": a, "b": 2 * a}, {"m0": a[:4], "m1": 2 * a[:4]}, relative_projection)
-    assert all(v == pytest.approx(1, abs=1e-5) for v in same.values()) and len(same) == 6
+    assert all(v == pytest.approx(1, abs=1e-5) for v in same.values()) and len(same) == 8
     wider = likeness({"a": a, "b": jnp.ones((9, 4))}, {"m0": a[:4], "m1": jnp.ones((4, 4))}, relative_projection)
-    assert set(wider) == {"relative_jaccard", "relative_mrr", "relative_cosine"}
+    assert set(wider) == {f"relative_{k}" for k in ("jaccard", "mrr", "cosine")}
 
 
 def test_arms_are_named_and_the_split_depends_on_the_seed():

@@ -2,11 +2,11 @@
 
 from pathlib import Path
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from zoo.metrics.embeddings import linear_cka
 from zoo.metrics.latents import (
     aligned_mrr,
     cosine_neighbours,
@@ -62,4 +62,6 @@ def test_kernel_alignment_is_the_released_codes(chunk):
     np.testing.assert_allclose(kernel_cka(x, y, 1.7, chunk), GOLDEN["kernel_cka_fixed"], rtol=1e-4)
     turn = jnp.asarray(np.linalg.qr(np.random.default_rng(1).normal(size=(5, 5)))[0], jnp.float32)
     np.testing.assert_allclose(kernel_cka(x, 3 * x @ turn, chunk=chunk), 1, rtol=1e-5)
-    assert jax.jit(kernel_cka)(x, y).shape == ()
+    # the linear one, in feature space, is the released Gram matrices'
+    np.testing.assert_allclose(linear_cka(x, y), GOLDEN["linear_cka"], rtol=1e-4)
+    np.testing.assert_allclose(linear_cka(x, 3 * x @ turn), 1, rtol=1e-5)
