@@ -474,11 +474,13 @@ def example() -> dict:
     }
     anchors = AnchorSet.of(np.arange(6), inputs=rng.normal(size=(6, 4, 4, 1)).astype(np.float32))
     # sgd: a bias before a batch normalisation has gradients of rounding errors, which Adam would blow up
-    row = lambda objective, rate=0.1, b=batch: {  # noqa: E731
+    row = lambda objective, rate=0.005, b=batch: {  # noqa: E731
         "objective": objective, "batch": b, "optimizer": optax.sgd(rate, 0.9), "transform": None, "num_examples": 16,
     }  # fmt: skip
-    model = relative.RelativeModel(MLP((8,), 5, normalise=True), relative.RelativeHead(3))
-    vae = relative.RelativeModel(ConvEncoder((4, 6)), VariationalDecoder(3, (4, 4, 1), (4, 6), "tanh"))
+    model = relative.RelativeModel(MLP((8,), 5, normalise=True, activation="tanh"), relative.RelativeHead(3))
+    vae = relative.RelativeModel(ConvEncoder((4, 6)), VariationalDecoder(3, (8, 8, 1), (4, 6), "tanh"))
+    large = {**batch, "x": rng.normal(size=(16, 8, 8, 1)).astype(np.float32)}
+    seen = AnchorSet.of(np.arange(6), inputs=1.1 * large["x"][:6])
     graph = {"x": rng.normal(size=(10, 3)).astype(np.float32), "src": rng.integers(0, 10, 12).astype(np.int32),
              "dst": rng.integers(0, 10, 12).astype(np.int32), "mask": np.arange(12) < 10}  # fmt: skip
     nodes = {"node": rng.integers(0, 10, 16).astype(np.int32), **{k: batch[k] for k in ("label", "index", "mask")}}
@@ -488,7 +490,7 @@ def example() -> dict:
         **row(relative_classifier(model, anchors, refresh=3)),
         "also": {
             "joint": row(joint),
-            "vae": row(relative_autoencoder(vae, anchors, variant="official"), 1e-3),
-            "nodes": row(relative_nodes(gcn, graph, np.array([1, 4, 7])), 0.1, nodes),
+            "vae": row(relative_autoencoder(vae, seen, variant="official"), 1e-4, large),
+            "nodes": row(relative_nodes(gcn, graph, np.array([1, 4, 7])), 0.02, nodes),
         },
     }
