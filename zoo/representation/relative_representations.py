@@ -58,7 +58,7 @@ def relative_projection(
       x, anchors: latents of one encoder (d = e).
       similarity: ``"cosine"`` (the paper's): ``<x, a> / (|x| |a|)``, invariant to ``x, a -> c x Q, c a Q``;
         ``"inner"``: ``<x, a> / sqrt(d)``, invariant to Q only; ``"basis"``: :func:`basis_change`.
-      eps: lengths below it count as it.
+      eps: lengths below it count as it; a latent that short has no direction, and gets no gradient.
 
     Returns:
       f32 ``[b, k]``.
@@ -75,8 +75,14 @@ def relative_projection(
     if similarity == "basis":
         return basis_change(x, anchors)
     if similarity == "cosine":
-        return jnp.matmul(l2_normalize(x, eps), l2_normalize(anchors, eps).T, precision="highest")
+        return jnp.matmul(_unit(x, eps), _unit(anchors, eps).T, precision="highest")
     return jnp.matmul(x, anchors.T, precision="highest") / d**0.5
+
+
+def _unit(x: Array, eps: float) -> Array:
+    # the gradient of a zero vector's direction would be 1 / eps
+    short = jnp.sum(jnp.square(x), -1, keepdims=True) <= eps * eps
+    return l2_normalize(jnp.where(short, jax.lax.stop_gradient(x), x), eps)
 
 
 def basis_change(x: Float[Array, "b d"], anchors: Float[Array, "k d"]) -> Float[Array, "b k"]:
