@@ -78,8 +78,7 @@ def logme(features: Any, targets: Any, variant: str = "evidence") -> float:
       targets: integers ``[N]``, classes (one target "is it class c?" each); or floats ``[N]`` or ``[N, T]``,
         regression.
       variant: ``"evidence"`` is exact for features that span k < D directions; ``"official"`` keeps the released
-        code's
-        ``D/2 log alpha`` where k/2 remains (the same for k = D).
+        code's ``D/2 log alpha`` where k/2 remains (the same for k = D).
 
     Raises:
       ValueError: an unknown variant, or features and targets that cannot be used.
@@ -93,6 +92,8 @@ def logme(features: Any, targets: Any, variant: str = "evidence") -> float:
     else:
         x, t = _regression(features, t)
     n, d = x.shape
+    if not x.any():
+        raise ValueError("features are all zero: they explain nothing")
     sigma, projected = _spectrum(x, t, absolute=variant == "official")
     outside = np.maximum(np.sum(t**2, 0) - np.sum(projected, 0), 0)
     dimension = d if variant == "official" else len(sigma)

@@ -12,9 +12,9 @@ line that joins the means, at most by the overlap itself.  A few steps separate 
 computed on the moved features.
 
 Classes move as a whole, so radii never change and only the means, [C, D], are iterated; samples are shifted once.
-With ``W = M / d`` (M the moves, symmetric) the displacement is ``rowsum(W) m - W m``: two matrix products of
-O(C^2 D), no [C, C, D] array.  A step is gradient descent on U with rate ``dt^2 / 2``: U falls while ``dt^2 k C / 2 < 2``,
-that is for C < 400 at the defaults.
+With ``W = M / d`` (M the moves, symmetric) the displacement is ``rowsum(W) m - W m``: two products of O(C^2 D), no
+[C, C, D] array.  A step is gradient descent on U with rate ``dt^2 / 2``: U falls while ``dt^2 k C / 2 < 2``, that is
+for C < 400 at the defaults.
 
 Everything computes in the inputs' precision.  :class:`PotentialEnergyDescent` is the host's way in: float64, like the
 scores.
