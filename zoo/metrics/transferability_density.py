@@ -73,7 +73,9 @@ def nce(source_labels: Any, labels: Any) -> float:
 
 
 def principal_components(x: np.ndarray, most: int | None = None, energy: float | None = None) -> np.ndarray:
-    """Coordinates ``[N, m]`` along the first principal components.
+    """Coordinates ``[N, m]`` along the first principal components, each one's largest entry positive.
+
+    The sign matters to PARC: correlations of rows change with it.
 
     Args:
       x: ``[N, D]``.
@@ -81,7 +83,8 @@ def principal_components(x: np.ndarray, most: int | None = None, energy: float |
       energy: or as many as hold more than this share of the variance.
     """
     centred = x - x.mean(0)
-    u, s, _ = np.linalg.svd(centred, full_matrices=False)
+    u, s, v = np.linalg.svd(centred, full_matrices=False)
+    u = u * np.where(np.take_along_axis(v, np.abs(v).argmax(1)[:, None], 1)[:, 0] < 0, -1, 1)
     rank = max(1, int(np.sum(s > (s[0] if len(s) else 0) * max(x.shape) * np.finfo(np.float64).eps)))
     m = rank if most is None else min(most, rank)
     if energy is not None:
@@ -160,23 +163,27 @@ def nleep(
 # --- PARC -------------------------------------------------------------------------------------------------------------
 
 
-def parc(features: Any, labels: Any, dims: int = 32, most: int = 15_000, seed: int = 0) -> float:
+def parc(features: Any, labels: Any, dims: int = 32, most: int = 15_000, seed: int = 0, variant: str = "ties") -> float:
     """PARC: 100 times Spearman's correlation of sample dissimilarities in features and in labels.
 
     Bolya, Mittapalli, Hoffman: "Scalable Diverse Model Selection for Accessible Transfer Learning", NeurIPS 2021.
-    Dissimilarity is 1 minus the correlation of two rows: of features reduced to principal components with
-    standardised columns, and of one-hot labels.  O(min(N, most)^2) memory.
+    Dissimilarity is 1 minus the correlation of two rows: of features reduced to principal components with standardised
+    columns, and of one-hot labels.  O(min(N, most)^2) memory.
 
     Args:
       features, labels: ``[N, D]`` and integers ``[N]``.
       dims: principal components kept, at least 2.
       most: samples used; of more, a random part in which every class keeps its share.
       seed: of that part.
+      variant: ``"ties"``: labels are equal or not, and pairs tie exactly; ``"official"`` correlates one-hot rows in
+        floating point as released, where rounding breaks some ties.
 
     Raises:
-      ValueError: features or labels that cannot be used, or features of a single dimension, whose rows do not
-        correlate.
+      ValueError: an unknown variant, features or labels that cannot be used, or features of a single dimension, whose
+        rows do not correlate.
     """
+    if variant not in ("ties", "official"):
+        raise ValueError(f"variant must be 'ties' or 'official', got {variant!r}")
     x, y, classes = check_features(features, labels)
     if len(x) > most:
         rows = _stratified(y, classes, most, seed)
@@ -185,8 +192,9 @@ def parc(features: Any, labels: Any, dims: int = 32, most: int = 15_000, seed: i
     if z.shape[1] < 2:
         raise ValueError("features vary in one dimension only: rows of one number have no correlation")
     z = z / z.std(0)
+    apart = y[:, None] != y[None, :] if variant == "ties" else 1 - np.corrcoef(np.eye(classes)[y])
     upper = np.triu_indices(len(z), 1)
-    return 100 * spearman(1 - np.corrcoef(z)[upper], 1 - np.corrcoef(np.eye(classes)[y])[upper])
+    return 100 * spearman(1 - np.corrcoef(z)[upper], apart[upper])
 
 
 def _stratified(y: np.ndarray, classes: int, most: int, seed: int) -> np.ndarray:
