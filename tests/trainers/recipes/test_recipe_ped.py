@@ -63,8 +63,10 @@ def test_a_folder_of_features_is_ranked(pool, tmp_path):
         np.testing.assert_allclose(float(r["gbc_ped"]), scores.gbc(moved[name], y), rtol=1e-8)
         np.testing.assert_allclose(float(r["leep"]), scores.leep(kept[name]["source_probabilities"], y), rtol=1e-5)
         assert r["accuracy"] == ("" if kept[name]["accuracy"] is None else str(kept[name]["accuracy"]))
-        assert "leep_ped" not in r and int(r["steps"]) >= 1
-        assert float(r["energy_after"]) < float(r["energy_before"])
+        motion = descent.motion(kept[name]["features"], y, kept[name]["general"])[1]
+        assert "leep_ped" not in r and int(r["steps"]) == motion.steps
+        np.testing.assert_allclose([float(r["energy_before"]), float(r["energy_after"])], motion.energies[[0, -1]])
+    assert np.any(moved["red"] != kept["red"]["features"])
     accuracies = [0.7, 0.9, 0.85]  # only the models whose accuracy is known
     tau = scipy.stats.weightedtau([want[n] for n in NAMES[:3]], accuracies)[0]
     np.testing.assert_allclose(found["metrics"]["rank/tau_logme_ped"], tau, rtol=1e-6)
