@@ -181,10 +181,13 @@ def supremix_terms(
     y = jax.lax.stop_gradient(jnp.where(mask, y.astype(jnp.float32), 0.0))
     fixed = jax.lax.stop_gradient(f)
     ids = jnp.arange(n)
+    shares = jnp.zeros((n, 0))
+    if mix_neg:
+        shares = jax.vmap(lambda row: negative_coefficients(key, row, rows, beta_params))(rows)
 
     @jax.checkpoint  # a chunk's [chunk, n, n] is made again backwards rather than kept
     def one(anchor):
-        own, label, i, row = anchor
+        own, label, i, a = anchor
         gap = label - y
         others = mask & (ids != i)
         same = others & (gap == 0)
@@ -193,7 +196,6 @@ def supremix_terms(
         blocks = [(real, jnp.log(label_distance_weights(gap, weight)), others, same)]
         mixed = _dot(fixed, own) / tau  # no gradient to what is mixed, the anchor's own copy included
         if mix_neg:
-            a = negative_coefficients(key, row, rows, beta_params)
             logits = a * mixed[i] + (1 - a) * mixed
             weights = jnp.log(label_distance_weights((1 - a) * gap, weight))
             blocks.append((logits, weights, mask & (gap != 0), jnp.zeros(n, bool)))
@@ -205,7 +207,7 @@ def supremix_terms(
             blocks = _shifted_apart(blocks)
         return _log_ratio(blocks)
 
-    values, positives = jax.lax.map(one, (f, y, ids, rows), batch_size=min(chunk, n))
+    values, positives = jax.lax.map(one, (f, y, ids, shares), batch_size=min(chunk, n))
     return jnp.where(mask, values, 0.0), jnp.where(mask, positives, 0)
 
 
@@ -421,6 +423,12 @@ CARD = Card(
         baseline="SupCon",
         trivial="untrained encoder",
         higher_is_better=False,
+        remark=(
+            "Confirmed against SupCon: the probe's error fell from 4.86 to 3.48 of 41 labels (29 per cent) and the rank "
+            "correlation of the first component rose from 0.27 to 0.88. On the same data direct L1 training (2.81) and "
+            "Rank-N-Contrast (2.34) have lower errors than SupReMix, and either half of it does as well as both (mix-neg "
+            "3.37, mix-pos 3.46; weights on in all three): the paper's advantage over direct training does not show here."
+        ),
         budget="the same encoder, noisy views, batches of 64 and Adam steps in all arms; published settings, tau 0.3",
     ),
     cost="O(n^2 p + n^3) scalars for n = 2B embeddings, memory O(n^2 + chunk n^2), never n^2 vectors of mixtures",
