@@ -424,10 +424,10 @@ CARD = Card(
         trivial="untrained encoder",
         higher_is_better=False,
         remark=(
-            "Confirmed against SupCon: the probe's error fell from 4.86 to 3.48 of 41 labels (29 per cent) and the rank "
-            "correlation of the first component rose from 0.27 to 0.88. On the same data direct L1 training (2.81) and "
-            "Rank-N-Contrast (2.34) have lower errors than SupReMix, and either half of it does as well as both (mix-neg "
-            "3.37, mix-pos 3.46; weights on in all three): the paper's advantage over direct training does not show here."
+            "Confirmed against SupCon: the probe's error fell from 4.86 to 3.48 of 41 labels (29 per cent), and the "
+            "rank correlation of the first component rose from 0.27 to 0.88. On the same data direct L1 training "
+            "(2.81) and Rank-N-Contrast (2.34) have lower errors than SupReMix, and either half of it does as well as "
+            "both (mix-neg 3.37, mix-pos 3.46, with weights): its advantage over direct training does not show here."
         ),
         budget="the same encoder, noisy views, batches of 64 and Adam steps in all arms; published settings, tau 0.3",
     ),

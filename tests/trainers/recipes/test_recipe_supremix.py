@@ -18,7 +18,7 @@ from zoo.base import Context, check_fit
 
 @pytest.fixture(scope="module")
 def ran():
-    recipe = Recipe(steps=4, batch_size=16, hidden=8, features=4, imbalance=True)
+    recipe = Recipe(steps=4, batch_size=16, hidden=8, features=4, imbalance=True, noise=0.0)
     run = recipe.build()
     record = Record()
     result = Loop(run, Settings(Parallel(devices=1), 1, 1, 10), record=record)()

@@ -52,7 +52,7 @@ class Recipe(base.Recipe):
     method: Method = "supremix"
     """supremix, either half of it, or a baseline: supcon, rank_n_contrast (Euclidean), supcr (L1 distances), l1"""
     compare: bool = True
-    """train SupCon first, from the same start and on the same batches, and show both"""
+    """train SupCon first, from the same start and on the same batches (with noise of their own), and show both"""
     temperature: float = 0.3
     """of supremix and supcon (published: 0.3 for faces, 0.1 for sentences)"""
     window: float = 5.0
