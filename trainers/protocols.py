@@ -132,7 +132,8 @@ class ModelUpdate:
 
     Attributes:
       name: of its phases and its gallery.
-      objective, stream, steps: what it learns; no steps for a model that was trained elsewhere.
+      objective, stream, steps: what it learns; no steps for a model that was trained elsewhere, whose own record
+        ``start`` hands on.
       optimizer: made anew for this update.
       start: ``(variables of the model before, artefacts, key) -> variables``, all of them: where it starts from (the
         model before, a model trained elsewhere, fresh weights) and its ``constants`` (the frozen old model, anchors).
@@ -218,10 +219,7 @@ def model_replacement(
         phases += [
             *update.prepare,
             Fit(f"{update.name}_start", _start(update, last)),
-            *(
-                [Train(update.name, update.steps, update.objective, update.optimizer, update.stream)]
-                * bool(update.steps)
-            ),
+            *_training(update),
             Fit(f"{update.name}_gallery", extract),
         ]
     everything = [*earlier, *updates]
@@ -296,7 +294,10 @@ def _extract(update, earlier, queries, gallery, num_classes, align, refuse, meas
 
     def fit(variables, artefacts, rng):
         constants = dict(variables.get("constants", {}))
-        record = lineage(update.frame(variables), variables["params"], constants.get("lineage"), update.aligned)
+        if update.steps:
+            record = lineage(update.frame(variables), variables["params"], constants.get("lineage"), update.aligned)
+        else:
+            record = constants["lineage"]
         sought, held = encode(variables, queries), encode(variables, gallery)
         own = {"features": held["features"], "label": held["label"], "lineage": to_host(record)}
         row, metrics = [], {}

@@ -90,7 +90,9 @@ class OrthogonalDense(nn.Module):
 
     def matrix(self) -> Float[Array, "d d"]:
         """Q, float32."""
-        return jnp.matmul(self.base.value, rotation(self.generator, self.method), precision=HIGHEST)
+        # weights that come from a file are NumPy arrays
+        turn = rotation(jnp.asarray(self.generator), self.method)
+        return jnp.matmul(jnp.asarray(self.base.value), turn, precision=HIGHEST)
 
     def __call__(self, x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
         """``[..., d] -> [..., d]`` in float32.

@@ -156,7 +156,7 @@ def fold(network: ExpandedEmbedding, variables: Mapping[str, Any]) -> tuple[Plai
     params = dict(variables["params"])
     own = params.pop("orthogonal")
     matrix = layer.apply({"params": own, "constants": variables["constants"]["orthogonal"]}, method="matrix")
-    kernel, bias = fold_orthogonal(params["classifier"]["kernel"].T, matrix, own.get("bias"))
+    kernel, bias = fold_orthogonal(jnp.asarray(params["classifier"]["kernel"]).T, matrix, own.get("bias"))
     params["classifier"] = {"kernel": kernel.T, "bias": bias}
     plain = PlainEmbedding(network.encoder, network.features, network.num_classes, True, network.dtype)
     return plain, {**{k: v for k, v in variables.items() if k == "batch_stats"}, "params": params}
@@ -455,6 +455,12 @@ CARD = Card(
         trivial="untrained",
         seeds=5,
         budget="the same old model, encoder, steps, batches and optimiser; no tuning in any arm",
+        remark=(
+            "Among its own features the new model of either arm is right about 97 times in 100: ten digits do not fill "
+            "16 coordinates, and appended ones have nothing to add. In the old gallery the new queries beat the old "
+            "model's own on every seed (0.87 against 0.78 on average), and those of OCA beat BCT's on every seed "
+            "(0.87 against 0.84); this was not the registered metric."
+        ),
     ),
     cost=(
         "one d x d matrix exponential (or solve) per step, O(d^3), and O(B C d) for both cross-entropies; no teacher; "

@@ -126,11 +126,14 @@ class Recipe(base.Recipe):
             facts = {"inputs": "images scaled to [-1, 1]", "lineage": lineage_text(record), "blocks": self._sizes()}
             return Export(own, {**kept, "constants": constants}, facts)
 
+        between = [""] if len(self.known) == 2 else [f" {t}" for t in range(1, len(self.known))]
+        names = ["old", *(f"new{number}" for number in between)]
+
         def summary(metrics):
             return _summary(metrics, {a: sequences[a] for a in reversed(arms)})
 
         return Run(
-            phases, export, figures=matrices_figure(sequences, ARMS), data_fingerprint=data.fingerprint,
+            phases, export, figures=matrices_figure(sequences, ARMS, names=names), data_fingerprint=data.fingerprint,
             summary=summary, steps_per_call=10, from_export=lambda variables: variables,
         )  # fmt: skip
 
@@ -166,7 +169,7 @@ class Recipe(base.Recipe):
         train = data["train"]
         return rows({k: train[k] for k in ("x", "label")}, np.flatnonzero(train["label"] < self.known[t]))
 
-    def _update(self, name, arm, t, data, network, objective, start, aligned=True, prepare=()) -> ModelUpdate:
+    def _update(self, name, t, data, network, objective, start, aligned=True, prepare=()) -> ModelUpdate:
         stream = training_stream(self._training(data, t), self.batch_size, self.seed + t)
         steps = self.epochs * stream.steps_per_epoch
         return ModelUpdate(
@@ -182,8 +185,8 @@ class Recipe(base.Recipe):
             return {"constants": {}, **fresh}
 
         objective = oca.classification(network, self.smoothing)
-        made = self._update("old", "independent", 0, data, network, objective, start)
-        return dataclasses.replace(made, steps=0, frame=lambda v: given[2]["frame"]) if given else made
+        made = self._update("old", 0, data, network, objective, start)
+        return dataclasses.replace(made, steps=0) if given else made
 
     def _updates(self, data: Dataset, arm: str, given: Any) -> list[ModelUpdate]:
         made = []
@@ -192,7 +195,7 @@ class Recipe(base.Recipe):
             if arm == "independent":
                 objective = oca.classification(network, self.smoothing)
                 start = self._starter(data, arm, t, network, None)
-                made.append(self._update(f"{arm}{t}", arm, t, data, network, objective, start, aligned=False))
+                made.append(self._update(f"{arm}{t}", t, data, network, objective, start, aligned=False))
                 continue
             before = t - 1 if self.succeed == "full" else 0
             parent = f"{arm}{before}" if before else "old"
@@ -214,7 +217,7 @@ class Recipe(base.Recipe):
                 classes,
             )
             start = self._starter(data, arm, t, network, parent)
-            made.append(self._update(f"{arm}{t}", arm, t, data, network, objective, start, prepare=(passed,)))
+            made.append(self._update(f"{arm}{t}", t, data, network, objective, start, prepare=(passed,)))
         return made
 
     def _starter(self, data, arm, t, network, parent):
@@ -327,8 +330,8 @@ def _summary(metrics: Mapping[str, float], sequences: Mapping[str, list[str]]) -
     return f"top-1: old in old {old:.1f}; " + "; ".join(parts) + warning
 
 
-def _given(folder: str, d_old: int) -> tuple[Any, dict, dict]:
-    """A user's old model: its network, variables and lineage."""
+def _given(folder: str, d_old: int) -> tuple[Any, dict]:
+    """A user's old model: its network and variables, its lineage among them."""
     from checkpoints.arrays import one_line
     from checkpoints.model import ModelError, load_model
 
@@ -347,9 +350,8 @@ def _given(folder: str, d_old: int) -> tuple[Any, dict, dict]:
         raise UserError(f"--old {folder}: {error}; set --old-dim {net.features}") from None
     if "lineage" not in variables.get("constants", {}):
         raise UserError(f"--old {folder} has no lineage; it was exported by another version")
-    record = dict(variables["constants"]["lineage"])
     kept = {c: _plain(v) for c, v in variables.items() if c in ("params", "batch_stats")}
-    return net, {**kept, "constants": {"lineage": record}}, record
+    return net, {**kept, "constants": {"lineage": dict(variables["constants"]["lineage"])}}
 
 
 def fields() -> dict[str, str]:
