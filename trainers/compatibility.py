@@ -14,26 +14,31 @@ from zoo.metrics.compatibility import average_accuracy, average_compatibility, c
 
 
 def matrices_figure(
-    sequences: Mapping[str, Sequence[str]], titles: Mapping[str, str], replacements: Sequence[int] = ()
+    sequences: Mapping[str, Sequence[str]],
+    titles: Mapping[str, str],
+    replacements: Sequence[int] = (),
+    names: Sequence[str] = (),
 ) -> Callable[[Any, Path], None]:
     """A run's picture ``compatibility.png``: one matrix a sequence of models, the last sequence first.
 
     Args:
       sequences: the names of the updates of each sequence; their galleries are artefacts of the run.
       titles: by sequence.
-      replacements: see :func:`draw_matrix`.
+      replacements, names: see :func:`draw_matrix`.
     """
 
     def draw(result: Any, workdir: Path) -> None:
-        fig, axes = plots.figure(len(sequences), 1, (3.3, 3.5))
+        fig, axes = plots.figure(len(sequences), 1, (3.3, 3.9))
         for axis, name in zip(axes[0], reversed(sequences), strict=True):
-            draw_matrix(axis, compatibility_of(result.artefacts, sequences[name]), titles[name], replacements)
+            draw_matrix(axis, compatibility_of(result.artefacts, sequences[name]), titles[name], replacements, names)
         plots.save(fig, workdir / "compatibility.png")
 
     return draw
 
 
-def draw_matrix(axis: Any, matrix: np.ndarray, title: str, replacements: Sequence[int] = ()) -> None:
+def draw_matrix(
+    axis: Any, matrix: np.ndarray, title: str, replacements: Sequence[int] = (), names: Sequence[str] = ()
+) -> None:
     """A compatibility matrix as a heat map with its numbers; bold where the new query beats the old one.
 
     Args:
@@ -41,6 +46,7 @@ def draw_matrix(axis: Any, matrix: np.ndarray, title: str, replacements: Sequenc
       matrix: ``[T, T]``, NaN above the diagonal.
       title: above it; AC and AA are added.
       replacements: models that were put in from elsewhere, starred on the axes.
+      names: of the models, oldest first; their numbers by default.
     """
     size, better = len(matrix), compatible(matrix)
     axis.imshow(matrix, vmin=0, vmax=1, cmap="Blues", alpha=0.75)
@@ -48,7 +54,8 @@ def draw_matrix(axis: Any, matrix: np.ndarray, title: str, replacements: Sequenc
         for j in range(i + 1):
             weight = "bold" if better[i, j] else "normal"
             axis.text(j, i, f"{matrix[i, j]:.2f}", ha="center", va="center", fontsize=8, weight=weight)
-    names = [f"{t + 1}*" if t in replacements else f"{t + 1}" for t in range(size)]
+    named = names or [f"{t + 1}" for t in range(size)]
+    names = [f"{name}*" if t in replacements else name for t, name in enumerate(named)]
     axis.set_xticks(range(size), names)
     axis.set_yticks(range(size), names)
     axis.set_xlabel("gallery of model" + (" (* put in from elsewhere)" if replacements else ""), fontsize=8)

@@ -1,5 +1,7 @@
 """The model replacement protocol: galleries that stay, figures, fresh optimisers, lineage, resumption."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,13 +15,20 @@ from trainers.compatibility import draw_matrix, matrices_figure
 from trainers.errors import Interrupted, UserError
 from trainers.loop import Loop, Settings
 from trainers.parallel import Parallel
-from trainers.protocols import ModelUpdate, compatibility_of, fresh_optimizer, model_replacement
+from trainers.protocols import (
+    ModelUpdate,
+    compatibility_of,
+    fresh_optimizer,
+    model_replacement,
+    prototype_pass,
+    same_set_retrieval,
+)
 from trainers.recipe import Run
 from trainers.run import train_in_memory
 from trainers.trees import flatten, to_host
 from zoo.base import Loss, Objective, example_elements
 from zoo.metrics.compatibility import average_accuracy, average_compatibility, compatibility_matrix
-from zoo.ops.lineage import comparable
+from zoo.ops.lineage import comparable, lineage
 
 RNG = np.random.default_rng(0)
 MEANS = RNG.normal(size=(4, 6))
@@ -141,6 +150,88 @@ def test_feature_sizes_may_differ_with_an_alignment():
     assert found.metrics["b_gallery/against_a"] == pytest.approx(expected)
 
 
+def test_sequences_share_a_model(tmp_path):
+    """A second sequence follows a model that the first one trained, from what that model left."""
+    kept = {"keep": lambda variables: {"params": variables["params"]}}
+    old = dataclasses.replace(update("old"), **kept)
+    first, second = update("b"), update("c")
+
+    def from_old(variables, artefacts, rng):
+        left = artefacts["model_old"]
+        return {"params": left["params"], "constants": {"frame": jnp.ones(2), "lineage": left["lineage"]}}
+
+    second = dataclasses.replace(second, start=from_old, prepare=(
+        prototype_pass("means", lambda v, a: {"params": a["model_old"]["params"]}, embed,
+                       evaluation_stream(TRAIN, 5), 4),
+    ))  # fmt: skip
+    one = phases([old, first], name="one_")
+    two = phases([second], name="two_", earlier=[old], before=first.optimizer)
+    assert [p.name for p in two] == ["means", "c_start", "c", "c_gallery", "two_compatibility"]
+    found = train_in_memory(Run([*one, *two], export=None))
+    w = np.asarray(found.artefacts["model_old"]["params"]["w"])
+    np.testing.assert_allclose(found.artefacts["gallery_old"]["features"], GALLERY["x"] @ w, atol=1e-5)
+    means = [(TRAIN["x"] @ w)[TRAIN["label"] == c].mean(0) for c in range(4)]
+    np.testing.assert_allclose(found.artefacts["means"], means, atol=1e-5)
+    assert found.metrics["means/smallest_class"] == 8
+    matrix = compatibility_of(found.artefacts, ["old", "c"])
+    assert found.metrics["two_compatibility/self_accuracy"] == pytest.approx((matrix[0, 0] + matrix[1, 1]) / 2)
+    assert found.metrics["c_gallery/incomparable"] == 0
+    a, c = (found.artefacts[f"gallery_{n}"]["lineage"] for n in ("old", "c"))
+    np.testing.assert_array_equal(c["parents"][0], a["id"])
+
+
+def test_a_class_without_images_stops_the_prototype_pass():
+    few = {k: v[TRAIN["label"] != 2] for k, v in TRAIN.items()}
+    passed = prototype_pass("means", lambda v, a: v, embed, evaluation_stream(few, 8), 4)
+    with pytest.raises(UserError, match="means: no image of class 2: a prototype needs at least one"):
+        passed.fit({"params": {"w": jnp.ones((6, 2))}}, {}, None)
+
+
+def test_a_model_from_elsewhere_is_not_trained_and_keeps_its_record():
+    record = lineage(jnp.ones(3), jnp.ones(4))
+
+    def start(variables, artefacts, rng):
+        return {"params": {"w": jnp.eye(6)[:, :5]}, "constants": {"lineage": record}}
+
+    given = dataclasses.replace(update("a", steps=1), steps=0, start=start)
+    found = train_in_memory(Run(phases([given, update("b")]), export=None))
+    np.testing.assert_allclose(found.artefacts["gallery_a"]["features"], GALLERY["x"][:, :5], atol=1e-6)
+    for k, v in record.items():
+        np.testing.assert_array_equal(found.artefacts["gallery_a"]["lineage"][k], v)
+    np.testing.assert_array_equal(found.artefacts["gallery_b"]["lineage"]["parents"][0], record["id"])
+
+
+def test_another_measure():
+    updates = [update("a", size=2), update("b", size=3)]
+
+    def run(**rest):
+        made = model_replacement(updates, evaluation_stream(QUERIES, 8), evaluation_stream(QUERIES, 8), 4, **rest)
+        return train_in_memory(Run(made, export=None))
+
+    found = run(align=cut, measure=same_set_retrieval)
+    galleries = [found.artefacts[f"gallery_{n}"] for n in "ab"]
+    queries = QUERIES["x"] @ np.asarray(found.variables["params"]["w"])
+    for name, kept in zip("ab", galleries, strict=True):
+        q, g = cut(queries, kept["features"])
+        want = {"top1": [], "top5": [], "map": []}
+        s = (q / np.linalg.norm(q, axis=1, keepdims=True)) @ (g / np.linalg.norm(g, axis=1, keepdims=True)).T
+        for i, label in enumerate(QUERIES["label"]):
+            hit = [QUERIES["label"][j] == label for j in np.argsort(-s[i]) if j != i]
+            want["top1"].append(hit[0])
+            want["top5"].append(any(hit[:5]))
+            want["map"].append(np.mean([sum(hit[: n + 1]) / (n + 1) for n in range(len(hit)) if hit[n]]))
+        got = {k: found.metrics[f"b_gallery/against_{name}{end}"] for k, end in
+               (("top1", ""), ("top5", "_top5"), ("map", "_map"))}  # fmt: skip
+        assert got == pytest.approx({k: np.mean(v) for k, v in want.items()}, abs=1e-5)
+    assert galleries[1]["row"][0] == found.metrics["b_gallery/against_a"]
+
+    def refuse(queries, gallery):
+        raise ValueError("too short")
+
+    with pytest.raises(UserError, match="a and the gallery of a: too short"):
+        run(align=refuse)
+
+
 def test_dead_features_are_counted():
     def start(variables, artefacts, rng):
         return {"params": {"w": jnp.zeros((6, 5))}, "constants": {"frame": jnp.zeros(2)}}
@@ -190,5 +281,7 @@ def test_numbers_on_the_heat_map():
     assert axes[0, 0].get_title() == "name\nAC 1.00, AA 66.7"
     assert [t.get_text() for t in axes[0, 0].get_xticklabels()] == ["1", "2*"]
     assert axes[0, 0].get_xlabel() == "gallery of model (* put in from elsewhere)"
+    draw_matrix(axes[0, 0], np.array([[0.5, np.nan], [0.6, 0.9]]), "name", (1,), names=("old", "new"))
+    assert [t.get_text() for t in axes[0, 0].get_yticklabels()] == ["old", "new*"]
     draw_matrix(axes[0, 0], np.array([[0.5]]), "alone")
     assert axes[0, 0].get_xlabel() == "gallery of model"
