@@ -449,7 +449,7 @@ CARD = Card(
         "split_last_learner", "split_moments", "draw_neurons", "match_clusters", "drop_singletons", "after_epoch",
         "should_split", "next_epoch", "subspace_learning",
         "zoo.losses.margin:distances", "zoo.losses.margin:margin_triplets", "zoo.losses.margin:margin_loss",
-        "zoo.ops.segmentation:otsu_threshold", "zoo.ops.masks:proxy_mask", "zoo.ops.masks:dice",
+        "zoo.ops.segmentation:otsu_threshold", "zoo.ops.segmentation:proxy_mask", "zoo.ops.segmentation:dice",
         "zoo.nn.attention_gate:SpatialAttentionGate", "zoo.ops.kmeans:kmeans", "zoo.metrics.embeddings:nmi",
     ),
     claim=Claim(
