@@ -10,7 +10,7 @@ import numpy as np
 
 from data.stream import DataError, Order, sequential, shuffled
 
-__all__ = ["class_balanced", "group_wise", "length_bucketed", "sequential", "shuffled"]
+__all__ = ["class_balanced", "cluster_round_robin", "group_wise", "length_bucketed", "sequential", "shuffled"]
 
 
 def class_balanced(
@@ -143,3 +143,66 @@ def _turns(rng: np.random.Generator, classes: int, p: int, batches: int) -> np.n
         out[batch] = np.lexsort((rng.random(classes), uses))[:p]
         uses[out[batch]] += 1
     return out
+
+
+def cluster_round_robin(
+    labels: np.ndarray,
+    clusters: np.ndarray,
+    count: int,
+    classes_per_batch: int,
+    per_class: int,
+    seed: int = 0,
+    batches: int | None = None,
+) -> Order:
+    """Class-balanced batches ("P x K") of one cluster each, the clusters in turn: batch i is of cluster ``i % count``.
+
+    An epoch has ``count`` times as many batches as the largest cluster fills; smaller ones begin again with a new
+    order.  A cluster with fewer than P classes, or with examples of one class missing, repeats what it has; an empty
+    one (no examples at all) gives its turns to all examples together.
+
+    Args:
+      labels: ``[N]`` integer classes.
+      clusters: ``[N]``, the cluster of each example in ``[0, count)``; -1 takes no part.
+      count: K clusters.
+      classes_per_batch, per_class: P and K of a batch.
+      seed: of the order.
+      batches: per epoch, if every epoch is to have as many whatever the clusters are.
+
+    Raises:
+      DataError: lengths that differ, clusters out of range, no example in any, or P, K or ``batches`` below 1.
+    """
+    labels, clusters = _column(labels, "labels"), _column(clusters, "clusters")
+    if len(labels) != len(clusters):
+        raise DataError(f"labels and clusters must be of the same examples, got {len(labels)} and {len(clusters)}")
+    p, k = classes_per_batch, per_class
+    if min(p, k, count) < 1 or (batches is not None and batches < 1):
+        raise DataError(
+            f"classes_per_batch, per_class, count and batches must be at least 1, got {p}, {k}, {count} and {batches}"
+        )
+    if clusters.min() < -1 or clusters.max() >= count or clusters.max() < 0:
+        raise DataError(f"clusters must lie in 0..{count - 1}, or be -1, got {clusters.min()}..{clusters.max()}")
+    members = [np.flatnonzero(clusters == c) for c in range(count)]
+    longest = max(1, max(len(m) for m in members) // (p * k))
+    total = batches or count * longest
+
+    def order(epoch: int) -> np.ndarray:
+        out = np.empty((total, p * k), np.int64)
+        for c, own in enumerate(members):
+            own = own if len(own) else np.arange(len(labels))
+            turns = -(-(total - c) // count)
+            if turns > 0:
+                out[c::count] = _balanced(np.random.default_rng([seed, epoch, c]), labels, own, p, k, turns)
+        return out.reshape(-1)
+
+    return order
+
+
+def _balanced(rng: np.random.Generator, labels: np.ndarray, own: np.ndarray, p: int, k: int, batches: int):
+    # [batches, p k]; with fewer than p classes they come again within a batch
+    groups = [own[labels[own] == c] for c in np.unique(labels[own])]
+    each = min(p, len(groups))
+    turns = _turns(rng, len(groups), each, batches * -(-p // each)).reshape(batches, -1)[:, :p]
+    out = np.empty((batches, p, k), np.int64)
+    for g, members in enumerate(groups):
+        out[turns == g] = _deal(rng, members, int((turns == g).sum()), k)
+    return out.reshape(batches, -1)

@@ -9,6 +9,13 @@ ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = sorted((ROOT / "colabs").glob("*.ipynb"))
 SAYS = {
     "quickstart": ("dbpm", "plug-in on", "features (96, 32)"),
+    "representation": (
+        "in version 1's gallery, simplex and HOC",
+        "OCA",
+        "contrastive + TCM: OPIS",
+        "relative: Jaccard",
+        "LogME",
+    ),
     "retrieval": ("BM25", "ADORE + LeanVec", "MUVERA", "ANNCUR", "ADORE + DBNorm", "PR AUC", "interpolation"),
 }
 """What a run of each prints, among other things."""
@@ -28,9 +35,10 @@ def test_there_is_a_quickstart_and_every_notebook_says_something():
 def test_a_family_notebook_has_a_section_for_each_of_its_methods():
     import zoo
 
-    for card in zoo.cards("retrieval"):
-        source = (ROOT / "colabs" / "retrieval.ipynb").read_text()
-        assert f"{card.name}" in source, f"{card.name} has no section in colabs/retrieval.ipynb"
+    for family in ("representation", "retrieval"):
+        source = (ROOT / "colabs" / f"{family}.ipynb").read_text()
+        for card in zoo.cards(family):
+            assert card.name in source, f"{card.name} has no section in colabs/{family}.ipynb"
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)

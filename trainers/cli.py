@@ -22,7 +22,8 @@ A functional JAX zoo of methods that learn, compare, compress and search represe
   zoo train NAME [--workdir D] [...]        run its recipe (offline, on embedded data); resumes if D holds the run
   zoo eval D [--json]                       evaluate a finished run or an exported model
   zoo claim NAME [--seeds N] [--json]       method against baseline over paired seeds, with the verdict
-  zoo bench NAME|trainer|backbones|import   time the hot operation: compile time, rate, share of the roofline
+  zoo bench NAME|trainer|losses|backbones|import  time the hot operation: compile time, rate, share of the roofline
+  zoo compose [--json]                      which loss transformation goes on which host, or why not
   zoo import SRC --to D [--as LAYOUT]       pretrained weights (hub id, safetensors, torch file) into a model here
   zoo export D --to F                       and back to safetensors under the original names
   zoo new NAME --family F                   write the three files of a new method
@@ -45,7 +46,7 @@ def main(argv: list[str] | None = None) -> None:
 def _run(argv: list[str]) -> int:
     commands = {
         "list": _list, "show": _show, "train": _train, "eval": _eval, "claim": _claim, "bench": _bench, "new": _new,
-        "import": _import, "export": _export,
+        "import": _import, "export": _export, "compose": _compose,
     }  # fmt: skip
     try:
         if not argv or argv[0] in ("-h", "--help", "help"):
@@ -378,8 +379,10 @@ def _claim(argv: list[str]) -> int:
 
 
 def _bench(argv: list[str]) -> int:
-    (name,), o = parse_options(argv, "usage: zoo bench NAME|trainer|backbones|import [--json]", ("json",), names=1)
-    if name not in ("trainer", "backbones", "import"):
+    (name,), o = parse_options(
+        argv, "usage: zoo bench NAME|trainer|losses|backbones|import [--json]", ("json",), names=1
+    )
+    if name not in ("trainer", "losses", "backbones", "import"):
         import zoo
 
         zoo.card(name)
@@ -391,6 +394,10 @@ def _bench(argv: list[str]) -> int:
             from trainers import bench_backbones
 
             rows = bench_backbones.backbones() if name == "backbones" else bench_backbones.importing()
+        elif name == "losses":
+            from trainers import bench_losses
+
+            rows = bench_losses.losses()
         else:
             rows = bench.trainer() if name == "trainer" else bench.method(name)
     if o["json"]:
@@ -410,6 +417,17 @@ def _export(argv: list[str]) -> int:
     from trainers.weights_cli import export_weights
 
     return export_weights(argv)
+
+
+def _compose(argv: list[str]) -> int:
+    usage = "usage: zoo compose [--transformation T] [--host H] [--json]"
+    _, o = parse_options(argv, usage, ("json",), ("transformation", "host"))
+    prepare_jax(None)
+    from trainers import compose
+
+    rows = compose.report(o["transformation"], o["host"])
+    print_json(rows) if o["json"] else print(compose.describe(rows))
+    return 0
 
 
 def _new(argv: list[str]) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -22,6 +23,24 @@ def host_batch(update, position: int, process=(0, 1)) -> Any:
     """The batch at ``position``, as the objective sees it."""
     group = {n: s.batch(position, process) for n, s in streams_of(update).items()}
     return group.get("", group)
+
+
+def bound(phase: Alternate, artefacts: Mapping[str, Any]) -> Alternate:
+    """The phase with its streams bound to what earlier phases left.
+
+    A stream whose order depends on an artefact (clusters, mined examples) has a method ``bind(artefacts) -> stream``
+    that keeps its fields and its batch size; so the order is a function of (seed, epoch, artefact) and resumes exactly.
+    """
+
+    def bind(stream: Stream) -> Stream:
+        return stream.bind(artefacts) if hasattr(stream, "bind") else stream
+
+    def one(update):
+        stream = update.stream
+        new = {k: bind(s) for k, s in stream.items()} if isinstance(stream, Mapping) else bind(stream)
+        return dataclasses.replace(update, stream=new)
+
+    return dataclasses.replace(phase, updates={name: one(update) for name, update in phase.updates.items()})
 
 
 class Feed:

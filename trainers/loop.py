@@ -17,7 +17,7 @@ from trainers import artefacts as artefact_files
 from trainers import resume, stops
 from trainers.errors import Interrupted
 from trainers.evaluation import Evaluator
-from trainers.feed import Feed, host_batch, streams_of
+from trainers.feed import Feed, bound, host_batch, streams_of
 from trainers.parallel import Parallel, Placement, describe
 from trainers.phases import Alternate, Evaluate, Fit
 from trainers.recipe import Run
@@ -92,6 +92,7 @@ class Loop:
         self.evaluator = Evaluator(self.place, seed)
         self.artefacts: dict[str, Any] = {}
         self.metrics: dict[str, float] = {}
+        self.programs: dict[tuple, Callable] = {}  # the last compiled step, which its series may use again
         self.done = 0  # steps and phases finished so far: numbers the checkpoints
         self.asked = 0  # the signal that asked the run to stop
 
@@ -143,7 +144,7 @@ class Loop:
         return self.init(variables) if self.init is not None else variables
 
     def _train(self, number: int, phase: Alternate, state: TrainState) -> TrainState:
-        epochs = {}
+        phase, epochs = bound(phase, self.artefacts), {}
         for name, update in phase.updates.items():
             streams = list(streams_of(update).values())
             for stream in streams:
@@ -159,8 +160,13 @@ class Loop:
         state, artefacts = self.place.put_state(state), self.place.put_artefacts(self.artefacts, phase.sharded)
         counts = [self.place.put_count(c) for c in range(calls + 1)]
         began = time.monotonic()
-        compiled = self.place.compile(step_fn, state, feed.probe(calls), artefacts, counts[1])
-        self.record.compiled(time.monotonic() - began)
+        shapes = tuple((path, np.shape(leaf)) for path, leaf in flatten(artefacts).items())
+        shared = (phase.series, phase.steps, calls, tuple(epochs.items()), shapes)
+        if phase.series is None or shared not in self.programs:
+            compiled = self.place.compile(step_fn, state, feed.probe(calls), artefacts, counts[1])
+            self.programs = {shared: compiled}
+            self.record.compiled(time.monotonic() - began)
+        compiled = self.programs[shared]
         on_epoch, epoch = (
             (jax.jit(phase.on_epoch), epochs[next(iter(epochs))]) if phase.on_epoch else (None, phase.steps)
         )

@@ -95,6 +95,8 @@ class Alternate:
       report: ``(state) -> {metric: scalar}`` of the whole state (masks, memories), wherever the phase is evaluated.
       optimizer_state: ``"fresh"`` or ``"keep"`` the one of the phase before, if it fits.
       sharded: artefacts ``[n, d]`` that enter the step by rows over all devices, as ``zoo.ops.rows.Rows``.
+      series: phases that differ in name and stream only (one an epoch, with fits between) may name a common series:
+        they share one compiled step as long as artefacts keep their shapes, and each has its own random numbers.
     """
 
     name: str
@@ -110,6 +112,7 @@ class Alternate:
     report: Callable[[Any], Mapping[str, Any]] | None = None
     optimizer_state: Literal["fresh", "keep"] = "fresh"
     sharded: tuple[str, ...] = ()
+    series: str | None = None
 
     def __post_init__(self):
         if self.steps < 1:

@@ -1,4 +1,4 @@
-"""The README's generated tables (methods and their claims, layouts of weights): ``python -m trainers.readme``."""
+"""The generated tables of the README (methods and claims, compositions, layouts): ``python -m trainers.readme``."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 import zoo
 
 BEGIN, END = "<!-- methods: python -m trainers.readme -->", "<!-- end of methods -->"
+COMPOSE, COMPOSE_END = "<!-- compositions: python -m trainers.readme -->", "<!-- end of compositions -->"
 LAYOUTS, LAYOUTS_END = "<!-- layouts: python -m trainers.readme -->", "<!-- end of layouts -->"
 
 
@@ -37,7 +38,10 @@ def with_table(text: str, root: Path) -> str:
     Raises:
       ValueError: the markers are missing.
     """
+    from trainers.compose import matrix, tables
+
     text = _between(text, BEGIN, END, table(root))
+    text = _between(text, COMPOSE, COMPOSE_END, tables(matrix()))
     return _between(text, LAYOUTS, LAYOUTS_END, layouts_table())
 
 

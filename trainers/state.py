@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import zlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -119,7 +120,8 @@ def begin_phase(variables: Mapping, phase: Alternate, seed, before: TrainState |
     worst = -jnp.inf if phase.stop is None or phase.stop.higher_is_better else jnp.inf
     return TrainState(
         step=jnp.zeros((), jnp.int32),
-        seed=jnp.asarray(seed, jnp.uint32),
+        # one compiled step serves a series, so what tells its phases' keys apart is data
+        seed=jnp.asarray(seed, jnp.uint32) ^ jnp.uint32(zlib.crc32(phase.name.encode()) if phase.series else 0),
         params=params,
         collections={c: v for c, v in variables.items() if c != "params"},
         optimizer=optimizer,

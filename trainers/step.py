@@ -38,7 +38,7 @@ def make_step(phase: Alternate, steps_per_epoch: Mapping[str, int], axis_name: s
                 batch = jax.tree.map(lambda x, r=r: x[r], batches[name])
                 batch = with_rows(batch, axis_name)
                 context = Context(
-                    rng=phase_key(state.seed, f"{phase.name}/{name}/{r}", state.step),
+                    rng=phase_key(state.seed, f"{phase.series or phase.name}/{name}/{r}", state.step),
                     step=state.step,
                     total_steps=jnp.asarray(phase.steps, jnp.int32),
                     steps_per_epoch=jnp.asarray(steps_per_epoch[name], jnp.int32),

@@ -6,8 +6,9 @@ views also takes modules that return a dict: its ``projection`` is what the host
 ``K`` becomes the outputs ``K1`` and ``K2`` of the two views, which is how heads and temperatures reach a
 transformation.
 
-``provides`` names, beside outputs and fields, the kind of a loss: ``contrastive`` (in-batch log-sum-exp), ``queue``,
-``negcos``, ``cross_correlation``, ``similarity`` (pairs within the batch).
+``provides`` names, beside outputs and fields, the kind of a loss: ``contrastive`` (in-batch log-sum-exp; ``instances``
+if an example's only positive is its other view), ``queue``, ``negcos``, ``cross_correlation``, ``similarity`` (pairs
+within the batch).
 """
 
 from __future__ import annotations
@@ -77,7 +78,7 @@ def simclr(
         values = _views_contrasted(outputs, jnp.arange(mask.shape[0]), mask, temperature, False)
         return Loss(example_elements(values, batch))
 
-    return _view_host(module, augment, value, inputs, "simclr", ("contrastive",))
+    return _view_host(module, augment, value, inputs, "simclr", ("contrastive", "instances"))
 
 
 def supervised_contrast(

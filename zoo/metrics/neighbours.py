@@ -2,8 +2,9 @@
 
 Queries are compared with the gallery by cosine (or Euclidean distance) in blocks of queries: memory is that of one
 block by the gallery, never queries by gallery.  Where a query set is its own gallery (``gallery=None``) a query never
-finds itself.  Equal similarities rank the lower gallery row first.  A query whose class is not in the gallery has no
-defined value; it is left out of every mean, and ``queries`` says how many counted.
+finds itself; nor does it with ``same_items``, where row i of both sets is one item seen by two models.  Equal
+similarities rank the lower gallery row first.  A query whose class is not in the gallery has no defined value; it is
+left out of every mean, and ``queries`` says how many counted.
 """
 
 from __future__ import annotations
@@ -76,6 +77,7 @@ def retrieval_metrics(
     ks: Sequence[int] = (1, 2, 4, 8),
     compare: str = "cosine",
     block: int = 128,
+    same_items: bool = False,
 ) -> dict[str, Float[Array, ""]]:
     """Everything that the whole ranking tells, from one pass.
 
@@ -89,8 +91,12 @@ def retrieval_metrics(
       ks: cut-offs.
       compare: see :func:`similarities`.
       block: queries at a time.
+      same_items: row i of queries and gallery is the same item, which does not find itself.
+
+    Raises:
+      ValueError: one of gallery and its labels without the other, or ``same_items`` with sets of two sizes.
     """
-    values, counted = _per_query(queries, query_labels, gallery, gallery_labels, compare, block)
+    values, counted = _per_query(queries, query_labels, gallery, gallery_labels, compare, block, same_items)
     rank, ap, ap_at_r, r_precision = values
     total = jnp.maximum(jnp.sum(counted), 1)
     mean = lambda x: jnp.sum(jnp.where(counted, x, 0.0)) / total  # noqa: E731
@@ -107,18 +113,26 @@ def cmc_curve(
     most: int = 20,
     compare: str = "cosine",
     block: int = 128,
+    same_items: bool = False,
 ) -> Float[Array, "most"]:
-    """The cumulative match characteristic: the share of queries whose first match ranks at most 1, 2, ..., ``most``."""
-    (rank, *_), counted = _per_query(queries, query_labels, gallery, gallery_labels, compare, block)
+    """The cumulative match characteristic: the share of queries whose first match ranks at most 1, 2, ..., ``most``.
+
+    Arguments as in :func:`retrieval_metrics`.
+    """
+    (rank, *_), counted = _per_query(queries, query_labels, gallery, gallery_labels, compare, block, same_items)
     within = rank[:, None] <= jnp.arange(1, most + 1)[None, :]
     return jnp.sum(within & counted[:, None], 0) / jnp.maximum(jnp.sum(counted), 1)
 
 
-def _per_query(queries, labels, gallery, gallery_labels, compare, block):
+def _per_query(queries, labels, gallery, gallery_labels, compare, block, same_items):
     if (gallery is None) != (gallery_labels is None):
         raise ValueError("gallery and gallery_labels belong together: give both or neither")
-    own = gallery is None
-    gallery, gallery_labels = (queries, labels) if own else (gallery, gallery_labels)
+    if same_items and gallery is not None and gallery.shape[0] != queries.shape[0]:
+        raise ValueError(
+            f"same_items needs as many gallery rows as queries, got {gallery.shape[0]}, {queries.shape[0]}"
+        )
+    own = gallery is None or same_items
+    gallery, gallery_labels = (queries, labels) if gallery is None else (gallery, gallery_labels)
     places = jnp.arange(gallery.shape[0])
 
     def measure(rows):

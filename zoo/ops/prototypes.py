@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 
@@ -43,6 +47,45 @@ def class_means(
     """
     sums, counts = class_sums(features, labels, num_classes, valid)
     return sums / jnp.maximum(counts, 1)[:, None], counts
+
+
+def class_prototypes(
+    embed: Callable[[Any, Mapping[str, Any]], Array],
+    variables: Any,
+    batches: Iterable[Mapping[str, Any]],
+    num_classes: int,
+    label: str = "label",
+) -> tuple[Float[Array, "c d"], Int[Array, "c"]]:
+    """Means of a frozen model's features by class, in one pass over batches; one batch is in memory at a time.
+
+    Args:
+      embed: ``(variables, batch) -> features [B, d]``; their means are taken as they are, normalised or not.
+      variables: the model's.
+      batches: with ``label`` and perhaps ``mask``, all of one shape.
+      num_classes: C.
+      label: the batch field of classes.
+
+    Returns:
+      The means ``[C, d]`` in float32, and how many examples each is made of.
+
+    Raises:
+      ValueError: a class without any example; all such classes are listed.
+    """
+
+    @jax.jit
+    def one(variables, batch):
+        features = embed(variables, batch).astype(jnp.float32)
+        return class_sums(features, batch[label], num_classes, batch.get("mask"))
+
+    total = None
+    for batch in batches:
+        found = one(variables, batch)
+        total = found if total is None else jax.tree.map(jnp.add, total, found)
+    counts = np.zeros(num_classes, int) if total is None else np.asarray(total[1])
+    empty = np.flatnonzero(counts == 0)
+    if total is None or len(empty):
+        raise ValueError(f"no image of class {', '.join(map(str, empty))}: a prototype needs at least one")
+    return total[0] / total[1][:, None], total[1]
 
 
 def cosine_logits(

@@ -150,6 +150,14 @@ def test_masks_leave_out_the_anchor_and_padding():
         pairs.pair_masks(y[:, None])
 
 
+def test_the_miner_has_slack_on_both_sides():
+    s = jnp.asarray([[0.5, 0.45, 0.3, 0.56]])  # positives 0.5 and 0.56, negatives 0.45 and 0.3
+    p, n = jnp.asarray([[True, False, False, True]]), jnp.asarray([[False, True, True, False]])
+    got = float(pairs.multi_similarity(s, p, n, alpha=2.0, beta=10.0, base=0.4, epsilon=0.1)[0])
+    want = math.log(1 + math.exp(-2 * 0.1)) / 2 + math.log(1 + math.exp(10 * 0.05)) / 10
+    assert got == pytest.approx(want, rel=1e-5)
+
+
 def test_supcon_weights_count_in_the_denominator_only():
     w = RNG.uniform(0.5, 2, (B, M)).astype(np.float32)
     got = pairs.supervised_contrastive(jnp.asarray(S), jnp.asarray(P), jnp.asarray(N), 0.3, jnp.log(w))

@@ -50,5 +50,6 @@ def test_arcface_keeps_falling_beyond_pi_and_its_slope_is_finite_at_the_ends():
     assert (np.diff(values) < 0).all()
     assert np.isfinite(jax.grad(lambda c: jnp.sum(f(c)))(cosine)).all()
     assert values[0] == pytest.approx(math.cos(0.5))
+    np.testing.assert_allclose(values[3:], [-0.999 - 0.5 * math.sin(0.5), -1 - 0.5 * math.sin(0.5)], rtol=1e-5)
     with pytest.raises(ValueError, match=r"margin must lie in \[0, pi\), got 4"):
         proxies.arcface_logits(cosine, jnp.zeros(5, jnp.int32), 4)

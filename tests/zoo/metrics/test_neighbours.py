@@ -52,6 +52,21 @@ def test_the_whole_ranking(own, compare):
     np.testing.assert_allclose(curve, [(want[:, 0] <= k).mean() for k in range(1, 7)], atol=1e-6)
 
 
+def test_the_same_items_seen_by_two_models():
+    other = RNG.normal(size=(23, 4)).astype(np.float32)
+    want = loop(X, Y, other, Y, True, "cosine")
+    args = (jnp.asarray(X), jnp.asarray(Y), jnp.asarray(other), jnp.asarray(Y))
+    got = neighbours.retrieval_metrics(*args, ks=(1, 3), block=5, same_items=True)
+    assert int(got["queries"]) == len(want) == 22
+    assert float(got["recall@3"]) == pytest.approx((want[:, 0] <= 3).mean())
+    assert float(got["map"]) == pytest.approx(want[:, 1].mean(), abs=1e-5)
+    assert float(got["map"]) != pytest.approx(float(neighbours.retrieval_metrics(*args)["map"]), abs=1e-4)
+    curve = neighbours.cmc_curve(*args, most=4, same_items=True)
+    np.testing.assert_allclose(curve, [(want[:, 0] <= k).mean() for k in range(1, 5)], atol=1e-6)
+    with pytest.raises(ValueError, match="same_items needs as many gallery rows as queries, got 17, 23"):
+        neighbours.retrieval_metrics(*args[:2], jnp.asarray(G), jnp.asarray(GY), same_items=True)
+
+
 def test_ties_go_to_the_lower_row_and_a_query_never_finds_itself():
     x, y = jnp.ones((4, 2)), jnp.asarray([0, 1, 0, 1])
     _, ids = neighbours.nearest(x, k=3)

@@ -25,9 +25,6 @@ from trainers.phases import Fit, FitResult, Train
 from trainers.recipe import Benchmark, Data, Export, Optimizer, Run, UserError
 from trainers.reference_baselines import metric_learning_baselines
 from zoo.base import Context, LossTransformation, Objective, suggest, total_loss
-from zoo.losses.contrastive import unit_rows
-from zoo.losses.pairs import contrastive_pairs, pair_masks, supervised_contrastive
-from zoo.losses.streaming import streamed_contrastive_pairs, streamed_supervised_contrastive
 from zoo.metrics.verification import Consistency, threshold_consistency
 from zoo.nn.mlp import MLP
 from zoo.representation import tcm
@@ -348,43 +345,16 @@ def _compiled(loss: str, classes: int, regularised: bool):
 
 
 def benchmarks() -> list[Benchmark]:
-    """Pairwise losses at B = 4096, d = 256, forward and backward, with the whole matrix and streamed."""
-    b, d = 4096, 256
-    rng = np.random.default_rng(0)
-    z = np.asarray(unit_rows(jnp.asarray(rng.normal(size=(b, d)), jnp.float32)))
-    y = np.repeat(np.arange(b // 8), 8).astype(np.int32)
-    whole = {
-        "supervised contrastive": lambda s, p, n: jnp.mean(supervised_contrastive(s, p, n)),
-        "contrastive pairs": lambda s, p, n: jnp.mean(contrastive_pairs(s, p, n)),
-        "tcm": tcm.tcm_loss,
-    }
-    streamed = {
-        "supervised contrastive": lambda z, y: jnp.mean(streamed_supervised_contrastive(z, y)),
-        "contrastive pairs": lambda z, y: jnp.mean(streamed_contrastive_pairs(z, y)),
-        "tcm": tcm.streamed_tcm,
-    }
-    rows = []
-    for name, loss in whole.items():
-        forms = {
-            "matrix": lambda z, y, loss=loss: loss(jnp.matmul(z, z.T, precision="highest"), *pair_masks(y)),
-            "streamed": streamed[name],
-        }
-        for form, f in forms.items():
-            fn = jax.grad(f)
-            temporary = jax.jit(fn).lower(z, y).compile().memory_analysis().temp_size_in_bytes
-            passes = 3 if form == "matrix" else 4
-            rows.append(
-                Benchmark(
-                    f"{name}, {form}, gradient",
-                    fn,
-                    (z, y),
-                    passes * 2.0 * b * b * d,
-                    4.0 * (2 * z.size + b),
-                    baselines=metric_learning_baselines(name) if form == "matrix" else {},
-                    note=f"B={b}, d={d}; temporary {temporary / 2**20:.0f} MiB, [B, B] is {4 * b * b / 2**20:.0f}",
-                )
-            )
-    return rows
+    """TCM's gradient at B = 4096, d = 256, on the similarity matrix and streamed (others: ``zoo bench losses``)."""
+    from trainers.bench_losses import gradients
+
+    note = "gradient, B=4096, d=256; the similarity matrix is 64 MiB"
+    found = {name: case for name, case in gradients().items() if name.startswith("tcm")}
+    against = metric_learning_baselines("tcm")
+    return [
+        Benchmark(name, fn, args, flops, 8.0 * args[0].size, against if name.endswith("matrix") else {}, note)
+        for name, (fn, args, flops) in found.items()
+    ]
 
 
 def example() -> dict[str, Any]:

@@ -1,0 +1,40 @@
+"""Class means in one pass over batches."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from zoo.ops.prototypes import class_prototypes
+
+RNG = np.random.default_rng(0)
+X, Y = RNG.normal(size=(11, 3)).astype(np.float32), np.array([0, 2, 2, 1, 0, 2, 1, 2, 0, 1, 1])
+
+
+def batches(x, y, size=4):
+    for start in range(0, len(x), size):
+        rows = np.minimum(np.arange(start, start + size), len(x) - 1)
+        yield {"x": x[rows], "label": y[rows], "mask": np.arange(start, start + size) < len(x)}
+
+
+def embed(w, batch):
+    return batch["x"] @ w
+
+
+def test_means_by_class_over_batches():
+    w = RNG.normal(size=(3, 2)).astype(np.float32)
+    means, counts = class_prototypes(embed, jnp.asarray(w), batches(X, Y), 3)
+    np.testing.assert_allclose(means, [(X @ w)[c == Y].mean(0) for c in range(3)], atol=1e-5)
+    assert counts.tolist() == [3, 4, 4] and means.dtype == jnp.float32
+
+
+def test_another_label_field_and_no_mask():
+    made = ({"x": b["x"], "kind": b["label"]} for b in batches(X[:8], Y[:8]))
+    means, _ = class_prototypes(embed, jnp.eye(3), made, 3, label="kind")
+    np.testing.assert_allclose(means[1], X[:8][Y[:8] == 1].mean(0), atol=1e-6)
+
+
+def test_classes_without_images_are_listed():
+    with pytest.raises(ValueError, match="no image of class 1, 3: a prototype needs at least one"):
+        class_prototypes(embed, jnp.eye(3), batches(X[Y != 1], Y[Y != 1]), 4)
+    with pytest.raises(ValueError, match="no image of class 0, 1"):
+        class_prototypes(embed, jnp.eye(3), [], 2)
