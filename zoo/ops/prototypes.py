@@ -18,6 +18,17 @@ def l2_normalize(x: Float[Array, "*b d"], eps: float = 1e-12) -> Float[Array, "*
     return x * jax.lax.rsqrt(jnp.maximum(square, eps * eps))
 
 
+def direction(x: Float[Array, "*b d"], eps: float = 1e-12) -> Float[Array, "*b d"]:
+    """Rows scaled to unit length; a row shorter than ``eps`` becomes zero and gets no gradient at all.
+
+    :func:`l2_normalize` gives such a row a gradient of ``1 / eps``, which a second normalisation squares.
+    """
+    square = jnp.sum(jnp.square(x), axis=-1, keepdims=True)
+    long = square > eps * eps
+    # the root is taken of 1 where the row has no direction, so that nothing infinite meets the mask
+    return jnp.where(long, x, 0.0) * jax.lax.rsqrt(jnp.where(long, square, 1.0))
+
+
 def class_sums(
     features: Float[Array, "n d"], labels: Int[Array, "n"], num_classes: int, valid: Bool[Array, "n"] | None = None
 ) -> tuple[Float[Array, "c d"], Int[Array, "c"]]:

@@ -92,5 +92,6 @@ def test_gradients_reach_features_and_never_prototypes():
     assert not np.asarray(p).any() and np.isfinite(np.asarray(h)).all() and np.abs(np.asarray(h[0])).max() > 0
     direct = jax.grad(lambda t: jnp.sum(cosine_alignment(jnp.asarray(H), t)))(jnp.asarray(P[Y]))
     assert not np.asarray(direct).any()
+    assert not np.asarray(h[1]).any()  # a row without a direction
     # the losses look at directions only
     np.testing.assert_allclose(np.sum(np.asarray(h[2]) * H[2]), 0, atol=1e-4)

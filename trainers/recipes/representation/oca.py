@@ -451,7 +451,7 @@ def example() -> dict:
     body, x = MLP((16,), 8, normalise=True), jnp.asarray(batch["x"][:1])
     prototypes = jax.random.normal(jax.random.key(5), (4, 3))
     row = lambda objective, transform=None: {  # noqa: E731
-        "objective": objective, "batch": batch, "optimizer": optax.sgd(0.02, 0.9), "transform": transform,
+        "objective": objective, "batch": batch, "optimizer": optax.sgd(1e-3, 0.9), "transform": transform,
         "num_examples": 16,
     }  # fmt: skip
     small, wide = PlainEmbedding(body, 3, 4), PlainEmbedding(body, 4, 4)
