@@ -16,7 +16,7 @@ from zoo.base import Context, Objective
 from zoo.metrics.embeddings import nmi
 from zoo.metrics.neighbours import retrieval_metrics
 from zoo.ops.kmeans import Clusters, kmeans
-from zoo.ops.masks import dice, proxy_mask
+from zoo.ops.segmentation import dice, proxy_mask
 
 BLUE, GREEN, RED = "#2a78d6", "#3a9b5c", "#c0392b"
 

@@ -11,7 +11,7 @@ map multiplies the features; nothing supervises it, and it shows where an embedd
 
 In the order of the paper: the network, groups and their normalisation, the state and the importance of neurons, the
 split, clusters of the data, the decisions after an epoch, and the objective; its loss with the sampler of negatives is
-in ``zoo.losses.margin``, segmentation masks from attention maps are in ``zoo.ops.masks``.
+in ``zoo.losses.margin``, segmentation masks from attention maps are in ``zoo.ops.segmentation``.
 Everything is a pure function of arrays of fixed shape: how many learners there are is data, so that nothing compiles
 anew when one is added.
 """
@@ -449,7 +449,7 @@ CARD = Card(
         "split_last_learner", "split_moments", "draw_neurons", "match_clusters", "drop_singletons", "after_epoch",
         "should_split", "next_epoch", "subspace_learning",
         "zoo.losses.margin:distances", "zoo.losses.margin:margin_triplets", "zoo.losses.margin:margin_loss",
-        "zoo.ops.masks:otsu_threshold", "zoo.ops.masks:proxy_mask", "zoo.ops.masks:dice",
+        "zoo.ops.segmentation:otsu_threshold", "zoo.ops.segmentation:proxy_mask", "zoo.ops.segmentation:dice",
         "zoo.nn.attention_gate:SpatialAttentionGate", "zoo.ops.kmeans:kmeans", "zoo.metrics.embeddings:nmi",
     ),
     claim=Claim(

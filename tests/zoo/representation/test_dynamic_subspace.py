@@ -264,9 +264,7 @@ def test_evaluation_gives_normalised_outputs_and_the_export_is_the_same_embeddin
     np.testing.assert_allclose(jnp.linalg.norm(out["pooled"], axis=1), 1, rtol=1e-5)
     np.testing.assert_allclose(jnp.linalg.norm(out["embedding"][:, 4:], axis=1), 1, rtol=1e-5)
     exported = ENCODER.clone(owner=(0, 0, 0, 0, 1, 1, 1, 1))
-    np.testing.assert_allclose(
-        exported.apply({"params": variables["params"]}, BATCH["x"]), out["embedding"], atol=1e-6
-    )
+    np.testing.assert_allclose(exported.apply({"params": variables["params"]}, BATCH["x"]), out["embedding"], atol=1e-6)
     plain = ds.SubspaceEncoder(ds.ConvTrunk((4, 8)), 8, attention=False, only="pooled")
     made = plain.init(jax.random.key(0), BATCH["x"])
     assert set(made["params"]) == {"trunk"} and plain.apply(made, BATCH["x"]).shape == (8, 8)

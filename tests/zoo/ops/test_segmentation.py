@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from zoo.ops.masks import dice, otsu_threshold, proxy_mask
+from zoo.ops.segmentation import dice, otsu_threshold, proxy_mask
 
 
 def test_otsu_is_the_cut_of_greatest_variance_between():
