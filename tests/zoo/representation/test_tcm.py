@@ -223,6 +223,21 @@ def test_the_transformation_adds_a_term_over_real_rows(tile):
     assert int(state["without_positives"]) == 0
 
 
+def test_padding_may_hold_anything():
+    transform = tcm.threshold_consistent_margin(0.8, 0.1)
+    z = jax.random.normal(jax.random.key(2), (8, 3))
+
+    def added(z):
+        known = CONTEXT.replace(outputs={"embedding": z}, batch=BATCH)
+        e = base.example_elements(jnp.zeros(8), BATCH)
+        return transform.update(e, transform.init(8), known)[0].terms["tcm"]
+
+    clean, grad = jax.value_and_grad(added)(z)
+    dirty, their = jax.value_and_grad(added)(z.at[7].set(jnp.nan))
+    assert float(dirty) == float(clean)
+    np.testing.assert_array_equal(their[:7], grad[:7])
+
+
 def test_both_views_count():
     def two(key, x):
         return x, x + 1
