@@ -436,7 +436,7 @@ CARD = Card(
         budget="no arm trains or tunes anything; the same pool, features and fine-tuned accuracies per seed",
     ),
     cost="O(N D) for the moments of the classes, then O(C^2 D) a step, at most 6; LogME O(N D min(N, D))",
-    official_code="lixiaotong97/PED (no licence; reads only)",
+    official_code="lixiaotong97/PED (no licence file)",
     departures=(
         "only class means are iterated, in matrix form; the released code moves all samples through [C, C, D] arrays",
         "coincident means exert no force; the released code divides by zero",
