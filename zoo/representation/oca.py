@@ -240,7 +240,7 @@ def prototype_alignment(
     weight: float | int = 1.0,
     label: str = "label",
 ) -> LossTransformation:
-    """``weight L + ACE`` for any per-example loss L with an output ``embedding``: makes a host backward compatible.
+    """``weight L + ACE`` for the loss L of any classifier with an ``embedding``: makes it backward compatible.
 
     ACE is :func:`zoo.losses.classification.aligned_ce` of the embedding's first d coordinates; the others get no
     gradient from it.
@@ -266,7 +266,7 @@ def prototype_alignment(
         init=lambda num_examples: jnp.asarray(prototypes, jnp.float32),
         update=update,
         units=("example",),
-        requires=("embedding", label),
+        requires=("embedding", "logits", label),
         name="prototype alignment",
     )
 
@@ -417,7 +417,7 @@ CARD = Card(
     ),
     citation="Ricci, Biondi, Pernici, Del Bimbo; BEW workshop at ECCV 2024; arXiv 2408.08793",
     plugs_into=(
-        "any per-example loss with an embedding (prototype_alignment)",
+        "any classifier with an embedding and a per-example loss (prototype_alignment)",
         "model replacement, chained",
     ),
     pieces=(

@@ -311,10 +311,10 @@ def test_the_plug_in_adds_alignment_to_any_host():
         wide.update(loss.elements, wide.init(6), known)
 
 
-def test_the_plug_in_refuses_hosts_of_other_units():
-    triplets = metric_learning(MLP((), 4), pairs.triplet)
-    check_fit(oca.prototype_alignment(P), triplets)  # one loss an anchor
+def test_the_plug_in_refuses_hosts_that_do_not_classify():
+    with pytest.raises(CompositionError, match="'logits'"):
+        check_fit(oca.prototype_alignment(P), metric_learning(MLP((), 4), pairs.triplet))
     bare = oca.classification(NET)
-    other = type(bare)(bare.init, bare.forward, bare.loss, provides=("logits",), name="bare")
+    other = type(bare)(bare.init, bare.forward, bare.loss, provides=("logits", "label"), name="bare")
     with pytest.raises(CompositionError, match="embedding"):
         check_fit(oca.prototype_alignment(P), other)
