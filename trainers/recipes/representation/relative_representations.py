@@ -108,7 +108,9 @@ class Recipe(base.Recipe):
             keys = iter(jax.random.split(rng, 3 * len(spaces) + len(autoencoders)))
             made: dict[str, dict] = {"params": {}, "constants": {"anchor_ids": ids, "hash": AnchorSet.of(ids).hash}}
             for i in range(len(spaces) if task.images else 0):
-                made["params"][f"encoder{i}"] = task.module(i).init(next(keys), task.train["x"][:1])["params"]
+                made["params"][f"encoder{i}"] = task.module(i).init(next(keys), jnp.asarray(task.train["x"][:1]))[
+                    "params"
+                ]
             own = {}
             for i, encode in enumerate(spaces.values()):
                 z = jax.eval_shape(encode, made["params"], anchor_batch)
