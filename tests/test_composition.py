@@ -93,9 +93,11 @@ def transformations():
 
 
 HOSTS, TRANSFORMATIONS = hosts(), transformations()
+# a method's further objectives differ little from its first: they are compiled in the slow run
+BY_HOST = [pytest.param(h, marks=pytest.mark.slow if "/" in h else []) for h in HOSTS]
 
 
-@pytest.mark.parametrize("host", HOSTS)
+@pytest.mark.parametrize("host", BY_HOST)
 def test_every_transformation_that_fits_takes_two_steps(host):
     """One compiled program a host: all its transformations, two gradient steps each."""
     objective, arrays = HOSTS[host]

@@ -20,6 +20,11 @@ from zoo.base import CompositionError, LossTransformation
 from zoo.nn.mlp import MLP
 
 HOSTS = {h.name: h for h in compose.shared_hosts()}
+QUICK = {
+    "supervised", "softmax, fixed", "proxy anchor", "contrastive pairs", "triplet, semi-hard", "supervised contrastive",
+    "simclr", "moco, several heads", "simsiam, several heads", "barlow twins, several heads", "memory bank",
+}  # fmt: skip
+"""One host of each kind; the others, which share their code with one of these, take their two steps in the slow run."""
 
 
 def fitting(host):
@@ -69,7 +74,7 @@ def two_steps(name, parallel):
     return {n: flatten(to_host(place.local(s))) for n, s in states.items()}, metrics
 
 
-@pytest.mark.parametrize("name", HOSTS)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n in QUICK else pytest.mark.slow) for n in HOSTS])
 def test_what_runs_takes_two_steps_alike_under_jit_and_pmap(name):
     one, metrics = two_steps(name, Parallel())
     other, _ = two_steps(name, Parallel("pmap"))
@@ -113,7 +118,7 @@ def test_every_function_of_the_hosts_module_is_in_the_matrix():
               "metric_learning", "proxies", "softmax_classifier"}  # fmt: skip
     defined = {n for n, f in vars(hosts).items() if callable(f) and getattr(f, "__module__", "") == "zoo.hosts"}
     assert {n for n in defined if not n.startswith("_")} - {"two_views", "batch_element"} == public
-    assert len(HOSTS) == 31
+    assert len(HOSTS) == 31 and set(HOSTS) >= QUICK
 
 
 def test_tables_number_the_reasons():
