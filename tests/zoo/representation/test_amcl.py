@@ -571,7 +571,9 @@ def test_it_names_the_missing_heads_and_the_kind():
         check_fit(amcl("negcos"), hosts.simsiam(module_of("contrastive"), IDENTITY))
     with pytest.raises(CompositionError, match="acts on 'example', but barlow twins yields elements of unit 'batch'"):
         check_fit(amcl(), host_of("cross_correlation", module_of("cross_correlation")))
-    with pytest.raises(CompositionError, match="requires 'views', which supervised contrastive does not provide"):
+    with pytest.raises(
+        CompositionError, match="requires 'views', 'instances', which supervised contrastive does not provide"
+    ):
         check_fit(amcl(), hosts.supervised_contrast(module_of("contrastive")))
     for kind in KINDS:
         assert check_fit(amcl(kind), host_of(kind, module_of(kind))).name.startswith(f"amcl({kind})")
