@@ -22,6 +22,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from zoo.base import Elements, Loss, Objective, Shared, batch_mask, example_elements, named_key
+from zoo.losses.classification import label_smoothing_ce
 from zoo.losses.contrastive import nt_xent_per_example, unit_rows
 from zoo.losses.pairs import pair_masks, rank_n_contrast, supervised_contrastive
 from zoo.losses.proxies import arcface_logits, cosface_logits, proxy_anchor, proxy_nca
@@ -365,10 +366,7 @@ def softmax_classifier(
             logits = cosface_logits(logits / scale, y, 0.35 if margin is None else margin, scale)
         elif head == "arcface":
             logits = arcface_logits(logits / scale, y, 0.5 if margin is None else margin, scale)
-        logs = jax.nn.log_softmax(logits)
-        values = -jnp.take_along_axis(logs, y[:, None], 1)[:, 0]
-        if label_smoothing:
-            values = (1 - label_smoothing) * values - label_smoothing * jnp.mean(logs, 1)
+        values = label_smoothing_ce(logits, y, label_smoothing)
         mask = batch_mask(batch)
         hit = jnp.sum((jnp.argmax(outputs["logits"], 1) == y) & mask) / jnp.maximum(jnp.sum(mask), 1)
         return Loss(example_elements(values, batch), metrics={"accuracy": hit})

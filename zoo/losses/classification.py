@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from zoo.ops.prototypes import direction
+from zoo.ops.prototypes import l2_normalize
 
 Number = float | int
 
@@ -48,7 +48,7 @@ def prototype_ce(
       scale: inverse temperature.
     """
     fixed = jax.lax.stop_gradient(prototypes.astype(jnp.float32))
-    logits = scale * jnp.matmul(direction(h.astype(jnp.float32)), fixed.T, precision=jax.lax.Precision.HIGHEST)
+    logits = scale * jnp.matmul(l2_normalize(h.astype(jnp.float32)), fixed.T, precision=jax.lax.Precision.HIGHEST)
     return label_smoothing_ce(logits, labels, smoothing)
 
 
@@ -59,7 +59,7 @@ def cosine_alignment(h: Float[Array, "b d"], targets: Float[Array, "b d"]) -> Fl
       h, targets: rows of any length.
     """
     fixed = jax.lax.stop_gradient(targets.astype(jnp.float32))
-    return 1.0 - jnp.sum(direction(h.astype(jnp.float32)) * direction(fixed), axis=-1)
+    return 1.0 - jnp.sum(l2_normalize(h.astype(jnp.float32)) * l2_normalize(fixed), axis=-1)
 
 
 def aligned_ce(

@@ -9,7 +9,7 @@ from flax import linen as nn
 
 from zoo.nn.classifiers import RetrievalHead
 from zoo.nn.orthogonal import OrthogonalDense
-from zoo.ops.prototypes import direction
+from zoo.ops.prototypes import l2_normalize
 
 
 class BasisTransformation(nn.Module):
@@ -53,10 +53,10 @@ class BasisTransformation(nn.Module):
         # a copy, because the mapped axis is known only where the step is built
         h = self.encoder.copy(name="backbone", axis_name=self.axis_name)(x, train, mask)
         u = RetrievalHead(self.features + self.d_old, dtype=self.dtype, name="head")(h).astype(jnp.float32)
-        old = direction(nn.Dense(self.d_old, name="old_branch")(nn.relu(u)))
-        free = direction(u[:, : self.features])
+        old = l2_normalize(nn.Dense(self.d_old, name="old_branch")(nn.relu(u)))
+        free = l2_normalize(u[:, : self.features])
         turned = OrthogonalDense(self.features, False, self.method, name="orthogonal")(self.scale * free)
-        merged = jnp.concatenate([direction(old[:, : self.extra]), turned], axis=-1)
+        merged = jnp.concatenate([l2_normalize(old[:, : self.extra]), turned], axis=-1)
         bct = OrthogonalDense(self.d_old, False, self.method, name="orthogonal_old")(merged[:, : self.d_old])
         h_new = jnp.concatenate([bct, merged[:, self.d_old :]], axis=-1)
         if not classify:

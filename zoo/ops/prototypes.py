@@ -12,16 +12,10 @@ from jaxtyping import Array, Bool, Float, Int
 
 
 def l2_normalize(x: Float[Array, "*b d"], eps: float = 1e-12) -> Float[Array, "*b d"]:
-    """Rows scaled to unit length; a zero row stays zero and has a finite gradient."""
-    square = jnp.sum(jnp.square(x), axis=-1, keepdims=True)
-    # the maximum is taken before the root, so that a zero row has a gradient
-    return x * jax.lax.rsqrt(jnp.maximum(square, eps * eps))
+    """Rows scaled to unit length; a row shorter than ``eps`` has no direction: it becomes zero and gets no gradient.
 
-
-def direction(x: Float[Array, "*b d"], eps: float = 1e-12) -> Float[Array, "*b d"]:
-    """Rows scaled to unit length; a row shorter than ``eps`` becomes zero and gets no gradient at all.
-
-    :func:`l2_normalize` gives such a row a gradient of ``1 / eps``, which a second normalisation squares.
+    A gradient of ``1 / eps`` there would throw the whole network away for one dead row, and a second normalisation
+    would square it.
     """
     square = jnp.sum(jnp.square(x), axis=-1, keepdims=True)
     long = square > eps * eps

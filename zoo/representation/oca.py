@@ -39,7 +39,7 @@ from zoo.nn.basis_transformation import BasisTransformation
 from zoo.nn.classifiers import RetrievalHead
 from zoo.nn.orthogonal import OrthogonalDense, fold_orthogonal
 from zoo.objectives import apply_module, frozen_tower, init_module
-from zoo.ops.prototypes import direction
+from zoo.ops.prototypes import l2_normalize
 
 WEIGHTS = (5.0, 10.0, 5.0)
 """Of the cross-entropy, the cross-entropy against prototypes and the cosine, in the released trainer."""
@@ -67,7 +67,7 @@ class PlainEmbedding(nn.Module):
     @nn.compact
     def __call__(self, x, train: bool = False, mask: Any = None, classify: bool = True):
         """Returns ``h_new`` ``[B, d]``, of unit length, and ``logits`` ``[B, C]``; only the former w/o ``classify``."""
-        h_new = direction(_encoded(self, self.features, x, train, mask))
+        h_new = l2_normalize(_encoded(self, self.features, x, train, mask))
         if not classify:
             return h_new
         logits = nn.Dense(self.num_classes, use_bias=self.use_bias, name="classifier")(h_new)
@@ -108,7 +108,7 @@ class ExpandedEmbedding(nn.Module):
         ``h_new`` ``[B, d_old + extra]``, the embedding to store, of unit length; ``h_bct``, its first ``d_old``
         coordinates as they are; ``h_perp = Q h_new + b``; ``logits = W h_perp``.  Only ``h_new`` without ``classify``.
         """
-        h_new = direction(_encoded(self, self.features, x, train, mask))
+        h_new = l2_normalize(_encoded(self, self.features, x, train, mask))
         if not classify:
             return h_new
         h_perp = OrthogonalDense(self.features, self.use_bias, self.method, name="orthogonal")(h_new)
@@ -192,7 +192,7 @@ def truncate_to_common_dim(
 ) -> tuple[Float[Array, "q f"], Float[Array, "g f"]]:
     """Both cut to the smaller one's coordinates, then normalised: how galleries of older models are searched."""
     size = min(queries.shape[1], gallery.shape[1])
-    cut = lambda x: direction(x[:, :size].astype(jnp.float32))  # noqa: E731
+    cut = lambda x: l2_normalize(x[:, :size].astype(jnp.float32))  # noqa: E731
     return cut(queries), cut(gallery)
 
 

@@ -75,14 +75,8 @@ def relative_projection(
     if similarity == "basis":
         return basis_change(x, anchors)
     if similarity == "cosine":
-        return jnp.matmul(_unit(x, eps), _unit(anchors, eps).T, precision="highest")
+        return jnp.matmul(l2_normalize(x, eps), l2_normalize(anchors, eps).T, precision="highest")
     return jnp.matmul(x, anchors.T, precision="highest") / d**0.5
-
-
-def _unit(x: Array, eps: float) -> Array:
-    # the gradient of a zero vector's direction would be 1 / eps
-    short = jnp.sum(jnp.square(x), -1, keepdims=True) <= eps * eps
-    return l2_normalize(jnp.where(short, jax.lax.stop_gradient(x), x), eps)
 
 
 def basis_change(x: Float[Array, "b d"], anchors: Float[Array, "k d"]) -> Float[Array, "b k"]:

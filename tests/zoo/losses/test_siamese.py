@@ -35,3 +35,9 @@ def test_barlow_twins_weighs_the_off_diagonal():
     want = 0.25 + 0 + 4 + 0.1 * (0.01 + 0.04 + 0.09 + 0.16)
     assert float(siamese.barlow_twins(jnp.asarray(c), 0.1)) == pytest.approx(want, rel=1e-5)
     assert float(siamese.barlow_twins(jnp.eye(3))) == 0
+
+
+def test_a_dead_row_does_not_throw_the_others_away():
+    dead = jnp.asarray(A).at[2].set(0.0)
+    grad = np.asarray(jax.grad(lambda p: jnp.sum(siamese.negative_cosine(p, jnp.asarray(B))))(dead))
+    assert (grad[2] == 0).all() and (np.abs(grad[[0, 1, 3, 4, 5]]).sum(1) > 0).all() and np.abs(grad).max() < 100

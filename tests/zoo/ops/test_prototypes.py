@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from zoo.ops.prototypes import class_prototypes, direction
+from zoo.ops.prototypes import class_prototypes, l2_normalize
 
 RNG = np.random.default_rng(0)
 X, Y = RNG.normal(size=(11, 3)).astype(np.float32), np.array([0, 2, 2, 1, 0, 2, 1, 2, 0, 1, 1])
@@ -43,9 +43,9 @@ def test_classes_without_images_are_listed():
 
 def test_directions():
     x = jnp.asarray(X).at[2].set(0.0)
-    found = np.asarray(direction(x))
+    found = np.asarray(l2_normalize(x))
     np.testing.assert_allclose(found[3], X[3] / np.linalg.norm(X[3]), atol=1e-6)
     assert not found[2].any()
     w = RNG.normal(size=(11, 3)).astype(np.float32)
-    grad = np.asarray(jax.grad(lambda x: jnp.sum(direction(direction(x)[:, :2]) * w[:, :2]))(x))
+    grad = np.asarray(jax.grad(lambda x: jnp.sum(l2_normalize(l2_normalize(x)[:, :2]) * w[:, :2]))(x))
     assert not grad[2].any() and np.isfinite(grad).all() and np.abs(grad[3]).max() > 0
