@@ -124,8 +124,8 @@ def ordinal_contrast(
         z, y, mask = _stacked(outputs, batch[label].astype(jnp.float32), batch_mask(batch))
         square = jnp.sum(jnp.square(z), 1)
         gaps = jnp.maximum(square[:, None] + square[None, :] - 2 * jnp.matmul(z, z.T, precision="highest"), 0.0)
-        apart = jnp.where(gaps > 1e-12, gaps, 1.0)
-        similarity = -jnp.where(gaps > 1e-12, jnp.sqrt(apart), 0.0)
+        same = gaps <= 1e-12
+        similarity = -jnp.where(same, 0.0, jnp.sqrt(jnp.where(same, 1.0, gaps)))
         candidates = mask[:, None] & mask[None, :] & ~jnp.eye(len(z), dtype=bool)
         values = rank_n_contrast(similarity, jnp.abs(y[:, None] - y[None, :]), candidates, temperature)
         return Loss(example_elements(_per_example(values, outputs), batch))

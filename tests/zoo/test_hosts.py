@@ -94,6 +94,8 @@ def test_ordinal_contrast_compares_distances_with_label_gaps():
             for j in rest
         ]
         assert float(loss.elements.values[i]) == pytest.approx(np.mean(costs), rel=1e-4)
+    lost = host.loss({**out, "z1": out["z1"].at[1, 0].set(jnp.nan)}, BATCH, CONTEXT)
+    assert np.isnan(np.asarray(lost.elements.values)[1])
 
 
 def test_moco_scores_against_its_queue_and_moves_its_teacher():

@@ -86,7 +86,8 @@ def arcface_logits(
         raise ValueError(f"margin must lie in [0, pi), got {margin}")
     # the root's slope at 1 is infinite: a cosine that rounding took there moves by its margin alone
     square = 1.0 - jnp.square(cosine)
-    sine = jnp.sqrt(jnp.where(square > 1e-12, square, 1.0)) * (square > 1e-12)
+    flat = square <= 1e-12
+    sine = jnp.where(flat, 0.0, jnp.sqrt(jnp.where(flat, 1.0, square)))
     turned = cosine * math.cos(margin) - sine * math.sin(margin)
     turned = jnp.where(cosine > math.cos(math.pi - margin), turned, cosine - margin * math.sin(margin))
     own = jax.nn.one_hot(labels, cosine.shape[1], dtype=bool)

@@ -18,7 +18,8 @@ def l2_normalize(x: Float[Array, "*b d"], eps: float = 1e-12) -> Float[Array, "*
     would square it.
     """
     square = jnp.sum(jnp.square(x), axis=-1, keepdims=True)
-    long = square > eps * eps
+    # written so that NaN counts as long and is seen, not turned into a zero row
+    long = ~(square <= eps * eps)
     # the root is taken of 1 where the row has no direction, so that nothing infinite meets the mask
     return jnp.where(long, x, 0.0) * jax.lax.rsqrt(jnp.where(long, square, 1.0))
 

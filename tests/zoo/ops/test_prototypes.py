@@ -49,3 +49,8 @@ def test_directions():
     w = RNG.normal(size=(11, 3)).astype(np.float32)
     grad = np.asarray(jax.grad(lambda x: jnp.sum(l2_normalize(l2_normalize(x)[:, :2]) * w[:, :2]))(x))
     assert not grad[2].any() and np.isfinite(grad).all() and np.abs(grad[3]).max() > 0
+
+
+def test_a_nan_row_stays_visible():
+    found = np.asarray(l2_normalize(jnp.asarray(X).at[2, 1].set(np.nan)))
+    assert np.isnan(found[2]).any() and np.isfinite(np.delete(found, 2, 0)).all()
