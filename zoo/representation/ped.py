@@ -248,8 +248,7 @@ def simulate(
     Args:
       features, labels: the target's training data.
       general: features of the same model on a general set (the paper's is ImageNet's validation split), whose mean
-        and
-        deviation rescale every dimension; ``None`` takes the target's own.
+        and deviation rescale every dimension; ``None`` takes the target's own.
       num_classes: C, static; a class without samples neither pushes nor moves.
       dt, ns, k, exit_ratio, max_steps: as :func:`descend`.
     """

@@ -18,9 +18,10 @@ from data.dataset import Dataset
 from data.images import digits, gaussian_mixture_2d, image_dataset
 from data.stream import evaluation_stream, training_stream
 from trainers import recipe as base
+from trainers.bare_update import bare_update, carry
 from trainers.phases import Average, Evaluate, Train
 from trainers.recipe import Benchmark, Data, Export, Optimizer, Run, UserError
-from zoo.base import Context, Objective, suggest, total_loss
+from zoo.base import Context, Objective, suggest
 from zoo.diffusion.ict import (
     ConsistencyModel,
     check_curriculum,
@@ -374,28 +375,20 @@ def _arm_program(arm: str, count: int):
         batch = {"x": train[:CLAIM_BATCH], "index": jnp.arange(CLAIM_BATCH), "mask": jnp.ones(CLAIM_BATCH, bool)}
         variables = dict(objective.init(jax.random.fold_in(key, 0), batch))
 
-        def body(carry, step):
-            variables, average, state = carry
+        update = bare_update(objective, tx)
+
+        def body(state, step):
+            trained, average = state
             now = jax.random.fold_in(jax.random.fold_in(key, 1), step)
             index = jax.random.randint(jax.random.fold_in(now, 0), (CLAIM_BATCH,), 0, len(train))
             rows = {**batch, "x": train[index], "index": index}
-            context = Context(now, step, CLAIM_STEPS)
+            trained = update(trained, rows, Context(now, step, CLAIM_STEPS))
+            average = jax.tree.map(lambda a, p: 0.999 * a + 0.001 * p, average, trained.variables["params"])
+            return (trained, average), None
 
-            def scalar(params):
-                outputs, _ = objective.forward({**variables, "params": params}, rows, context)
-                return total_loss(objective.loss(outputs, rows, context), None, (), context)[0], outputs
-
-            grads, outputs = jax.grad(scalar, has_aux=True)(variables["params"])
-            updates, state = tx.update(grads, state, variables["params"])
-            new = {**variables, "params": optax.apply_updates(variables["params"], updates)}
-            if objective.after_step is not None:
-                new = {**new, **objective.after_step(new, outputs, rows, context)}
-            average = jax.tree.map(lambda a, p: 0.999 * a + 0.001 * p, average, new["params"])
-            return (new, average, state), None
-
-        start = (variables, variables["params"], tx.init(variables["params"]))
-        (variables, average, _), _ = jax.lax.scan(body, start, jnp.arange(CLAIM_STEPS))
-        return one_step(model, {**variables, "params": average}, latents(jnp.arange(count), train.shape[1:]))
+        start = (carry(variables, tx), variables["params"])
+        (trained, average), _ = jax.lax.scan(body, start, jnp.arange(CLAIM_STEPS))
+        return one_step(model, {**trained.variables, "params": average}, latents(jnp.arange(count), train.shape[1:]))
 
     return run
 
@@ -412,25 +405,17 @@ def benchmarks() -> list[Benchmark]:
     size = recipe.batch_size
     batch = {k: jnp.asarray(v) for k, v in training_stream(dataset["train"], size).batch(0).items()}
     variables = dict(objective.init(jax.random.key(0), batch))
-    state = tx.init(variables["params"])
+    update = bare_update(objective, tx)
 
-    def step(params, state, batch, number):
-        context = Context(jax.random.fold_in(jax.random.key(0), number), number, recipe.steps)
-
-        def scalar(params):
-            outputs, _ = objective.forward({**variables, "params": params}, batch, context)
-            return total_loss(objective.loss(outputs, batch, context), None, (), context)[0]
-
-        loss, grads = jax.value_and_grad(scalar)(params)
-        updates, state = tx.update(grads, state, params)
-        return optax.apply_updates(params, updates), state, loss
+    def step(now, batch, number):
+        return update(now, batch, Context(jax.random.fold_in(jax.random.key(0), number), number, recipe.steps))
 
     weights = sum(x.size for x in jax.tree.leaves(variables["params"]) if x.ndim > 1)
     # two forward passes and one backward pass, which costs two more; every weight is read and its moments written
     flops = 8.0 * size * weights
     moved = 4.0 * weights * (2 + 1 + 6)
     return [
-        Benchmark(f"step_{name}", step, (variables["params"], state, batch, jnp.int32(at)), flops, moved, note=note)
+        Benchmark(f"step_{name}", step, (carry(variables, tx), batch, jnp.int32(at)), flops, moved, note=note)
         for name, at, note in (
             ("first_stage", 0, f"{recipe.s0} intervals"),
             ("last_stage", recipe.steps - 1, f"{recipe.s1} intervals, the same program"),

@@ -19,9 +19,10 @@ from data.dataset import Dataset
 from data.interactions import load_interactions, low_rank_interactions, popularity
 from data.stream import evaluation_stream, training_stream
 from trainers import recipe as base
+from trainers.bare_update import bare_update, carry
 from trainers.phases import Evaluate, Train
 from trainers.recipe import Benchmark, Data, Export, Optimizer, Run, UserError
-from zoo.base import Context, Objective, suggest, total_loss
+from zoo.base import Context, Objective, suggest
 from zoo.metrics.ranking import ranking_compute, ranking_init, ranking_update
 from zoo.nn.recommenders import LightGCN, MultVAE, NeuMF
 from zoo.recommendation import dsl, hosts
@@ -332,22 +333,16 @@ def _trained(density: float, dynamic: bool, users: int, items: int):
         )
         start = objective.init(jax.random.fold_in(key, 2), {})
         params = dsl.dynamic_sparse_init(start["params"], **settings)
+        update = bare_update(objective, tx)
 
-        def step(carry, number):
-            params, state = carry
+        def step(trained, number):
             now = jax.random.fold_in(jax.random.fold_in(key, 3), number)
             index = jax.random.randint(now, (recipe.batch_size,), 0, user.shape[0])
             batch = {"user": user[index], "item": item[index], "index": index, "mask": jnp.ones(index.shape, bool)}
-            context = Context(now, number, recipe.steps)
+            return update(trained, batch, Context(now, number, recipe.steps)), None
 
-            def loss(params):
-                outputs, _ = objective.forward({**start, "params": params}, batch, context)
-                return total_loss(objective.loss(outputs, batch, context), None, (), context)[0]
-
-            updates, state = tx.update(jax.grad(loss)(params), state, params)
-            return (optax.apply_updates(params, updates), state), None
-
-        (params, state), _ = jax.lax.scan(step, (params, tx.init(params)), jnp.arange(recipe.steps))
+        trained, _ = jax.lax.scan(step, carry({**start, "params": params}, tx), jnp.arange(recipe.steps))
+        params, state = trained.variables["params"], trained.moments
         scores = module.apply({"params": params}, jnp.arange(users), method="scores")
         stats = dsl.mask_stats(state.mask, state.fired)
         return scores, {k: stats[k] for k in ("density", "exploration")}

@@ -17,6 +17,7 @@ from data.cluster_stream import ClusterStream, cluster_stream
 from data.dataset import Dataset
 from data.factors import factor_images, listed_images
 from trainers import recipe as base
+from trainers.bare_update import Carry, bare_update, carry
 from trainers.embeddings import encoder_params
 from trainers.phases import Fit, FitResult, Train
 from trainers.recipe import Benchmark, Data, Export, Optimizer, Run, UserError
@@ -30,7 +31,7 @@ from trainers.subspaces import (
 )
 from trainers.trees import edit_optimizer
 from zoo import hosts
-from zoo.base import Context, Objective, suggest, total_loss
+from zoo.base import Context, Objective, suggest
 from zoo.nn.resnet import ResNet, ResNetConfig
 from zoo.representation import dynamic_subspace as method
 
@@ -371,39 +372,27 @@ def _train(recipe: Recipe, data: Dataset, epochs: int) -> Mapping[str, Any]:
     example = jax.tree.map(jnp.asarray, recipe.stream(data, 0).batch(0))
     variables = host.init(jax.random.key(recipe.seed), example)
     tx, step = _program()
-    moments, key = tx.init(variables["params"]), jax.random.key(recipe.seed)
+    key = jax.random.key(recipe.seed)
     artefacts = dict(recipe._first_clusters(data, variables, {}, key, embed).artefacts)
+    now = carry(variables, tx)
     for e in range(epochs):
         stream = recipe.stream(data, e).bind(artefacts)
         for i in range(stream.steps_per_epoch):
             batch = {k: v for k, v in stream.batch(i).items() if k in ("x", "label", "learner", "index")}
             number = e * stream.steps_per_epoch + i
-            variables, moments = step(variables, moments, batch, jax.random.fold_in(key, number))
-        found = recipe.event(data, e, variables, artefacts, jax.random.fold_in(key, 10_000 + e), embed)
-        moments = found.edit(moments) if found.edit else moments
-        variables, artefacts = {**variables, **found.variables}, {**artefacts, **found.artefacts}
-    return variables
+            now = step(now, batch, Context(jax.random.fold_in(key, number)))
+        found = recipe.event(data, e, now.variables, artefacts, jax.random.fold_in(key, 10_000 + e), embed)
+        moments = found.edit(now.moments) if found.edit else now.moments
+        now = Carry({**now.variables, **found.variables}, moments)
+        artefacts |= found.artefacts
+    return now.variables
 
 
 @functools.cache
 def _program():
     recipe = Recipe()
-    host, tx = recipe.objective(), recipe.optimizer.build(recipe.epochs * recipe.batches)
-
-    @jax.jit
-    def step(variables, moments, batch, key):
-        context = Context(key, collections=variables)
-
-        def scalar(params):
-            outputs, _ = host.forward({**variables, "params": params}, batch, context)
-            return total_loss(host.loss(outputs, batch, context), None, (), context, host.reduce)[0], outputs
-
-        grads, outputs = jax.grad(scalar, has_aux=True)(variables["params"])
-        updates, moments = tx.update(grads, moments, variables["params"])
-        variables = {**variables, "params": optax.apply_updates(variables["params"], updates)}
-        return {**variables, **host.after_step(variables, outputs, batch, context)}, moments
-
-    return tx, step
+    tx = recipe.optimizer.build(recipe.epochs * recipe.batches)
+    return tx, jax.jit(bare_update(recipe.objective(), tx))
 
 
 def benchmarks() -> list[Benchmark]:

@@ -19,12 +19,13 @@ from data.ordered import check_ties, diabetes, ordered_manifold, read_regression
 from data.stream import ArrayStream, training_stream
 from trainers import plots
 from trainers import recipe as base
+from trainers.bare_update import bare_update, carry, rows_of, scan_updates
 from trainers.embeddings import embedding_evaluation, encoder_params
 from trainers.phases import Fit, FitResult, Train
 from trainers.probes import ridge_probe
 from trainers.recipe import Benchmark, Data, Export, Optimizer, Run, UserError
 from zoo import hosts
-from zoo.base import Context, LossTransformation, Objective, suggest, total_loss
+from zoo.base import Context, LossTransformation, Objective, suggest
 from zoo.losses.contrastive import unit_rows
 from zoo.losses.pairs import pair_masks, supervised_contrastive
 from zoo.metrics.regression import by_shot, spearman
@@ -357,11 +358,8 @@ def _trained(recipe: Recipe, data: Dataset, name: str) -> dict[str, float]:
     host = recipe.objective("supcon" if name == "untrained" else name, data)
     variables = host.init(jax.random.key(recipe.seed), jax.tree.map(jnp.asarray, stream.batch(0)))
     if name != "untrained":
-        batches = [stream.batch(i) for i in range(recipe.steps)]
-        ids, masks = (jnp.asarray(np.stack([b[k] for b in batches])) for k in ("index", "mask"))
         arrays = {k: jnp.asarray(v) for k, v in data["train"].items()}
-        params = _compiled(name)(variables["params"], arrays, ids, masks, jax.random.key(recipe.seed))
-        variables = {**variables, "params": params}
+        variables = _compiled(name)(variables, arrays, *rows_of(stream, recipe.steps), jax.random.key(recipe.seed))
     both = jnp.asarray(np.concatenate([data["train"]["x"], data["test"]["x"]]))
     context = Context(jax.random.key(0), train=False)
     found = recipe.measure(np.asarray(recipe.embed(name)(variables, {"x": both}, context)), data)
@@ -377,26 +375,12 @@ def _compiled(name: str):
     recipe = Recipe(method=name)
     host, transform, tx = recipe.objective(name, recipe.load()), recipe.transformation(name), recipe.optimizer.build(1)
 
+    update = bare_update(host, tx, transform)
+
     @jax.jit
-    def run(params, arrays, ids, masks, key):
-        def step(carry, inputs):
-            params, state, moments = carry
-            i, rows, mask = inputs
-            batch = {k: v[jnp.where(mask, rows, 0)] for k, v in arrays.items()} | {"index": rows, "mask": mask}
-            context = Context(jax.random.fold_in(key, i))
-
-            def scalar(params):
-                outputs, _ = host.forward({"params": params}, batch, context)
-                known = context.replace(outputs=outputs, batch=batch)
-                total, new, _ = total_loss(host.loss(outputs, batch, context), transform, state, known, host.reduce)
-                return total, new
-
-            grads, state = jax.grad(scalar, has_aux=True)(params)
-            updates, moments = tx.update(grads, moments, params)
-            return (optax.apply_updates(params, updates), state, moments), None
-
-        state = transform.init(len(ids)) if transform is not None else ()
-        return jax.lax.scan(step, (params, state, tx.init(params)), (jnp.arange(len(ids)), ids, masks))[0][0]
+    def run(variables, arrays, rows, real, key):
+        start = carry(variables, tx, transform, len(arrays["label"]))
+        return scan_updates(update, start, arrays, rows, real, key).variables
 
     return run
 

@@ -20,11 +20,12 @@ from data.spheres import vmf_clusters
 from data.stream import ArrayStream
 from trainers import plots
 from trainers import recipe as base
+from trainers.bare_update import bare_update, carry, rows_of, scan_updates
 from trainers.embeddings import embedding_evaluation, encoder_params, metric_host, neighbour_metrics, open_world
 from trainers.phases import Fit, FitResult, Train
 from trainers.recipe import Benchmark, Data, Export, Optimizer, Run, UserError
 from trainers.reference_baselines import metric_learning_baselines
-from zoo.base import Context, LossTransformation, Objective, suggest, total_loss
+from zoo.base import Context, LossTransformation, Objective, suggest
 from zoo.metrics.verification import Consistency, threshold_consistency
 from zoo.nn.mlp import MLP
 from zoo.representation import tcm
@@ -307,10 +308,9 @@ def _train(recipe: Recipe, data: Dataset, arm: str) -> np.ndarray:
     stream, host = recipe.stream(data), recipe.objective(data)
     variables = host.init(jax.random.key(recipe.seed), jax.tree.map(jnp.asarray, stream.batch(0)))
     if arm != "untrained encoder":
-        ids = np.stack([stream.batch(i)["index"] for i in range(recipe.steps)])
-        run = _compiled(recipe.loss, data.info["num_classes"], arm == "base + TCM")
         arrays = {k: jnp.asarray(v) for k, v in data["train"].items()}
-        variables = {**variables, "params": run(variables["params"], arrays, jnp.asarray(ids))}
+        run = _compiled(recipe.loss, data.info["num_classes"], arm == "base + TCM")
+        variables = run(variables, arrays, *rows_of(stream, recipe.steps), jax.random.key(recipe.seed))
     forward = jax.jit(lambda v, x: host.forward(v, {"x": x}, Context(jax.random.key(0), train=False))[0]["embedding"])
     return np.asarray(forward(variables, jnp.asarray(data["test"]["x"])))
 
@@ -320,26 +320,12 @@ def _compiled(loss: str, classes: int, regularised: bool):
     recipe = Recipe(loss=loss, regulariser=regularised)
     host = metric_host(loss, recipe.module(), classes, recipe.per_class)
     transform, tx = recipe.transformation(), recipe.optimizer.build(recipe.steps)
+    update = bare_update(host, tx, transform)
 
     @jax.jit
-    def run(params, arrays, ids):
-        def step(carry, rows):
-            params, state, moments = carry
-            batch = {k: v[rows] for k, v in arrays.items()} | {"index": rows}
-            context = Context(jax.random.key(0))
-
-            def scalar(params):
-                outputs, _ = host.forward({"params": params}, batch, context)
-                known = context.replace(outputs=outputs, batch=batch)
-                total, new, _ = total_loss(host.loss(outputs, batch, context), transform, state, known, host.reduce)
-                return total, new
-
-            grads, state = jax.grad(scalar, has_aux=True)(params)
-            updates, moments = tx.update(grads, moments, params)
-            return (optax.apply_updates(params, updates), state, moments), None
-
-        state = transform.init(len(ids)) if transform is not None else ()
-        return jax.lax.scan(step, (params, state, tx.init(params)), ids)[0][0]
+    def run(variables, arrays, rows, real, key):
+        start = carry(variables, tx, transform, len(arrays["label"]))
+        return scan_updates(update, start, arrays, rows, real, key).variables
 
     return run
 

@@ -17,9 +17,10 @@ from data.dataset import Dataset
 from data.scored_candidates import calibrated_queries, digit_candidates, scored_candidates
 from data.stream import evaluation_stream, training_stream
 from trainers import recipe as base
+from trainers.bare_update import bare_update, carry
 from trainers.phases import Evaluate, Fit, FitResult, Train
 from trainers.recipe import Benchmark, Data, Export, Optimizer, Run, UserError
-from zoo.base import Context, Objective, suggest, total_loss
+from zoo.base import Context, Objective, suggest
 from zoo.metrics import binary
 from zoo.retrieval import cosine_adapter
 from zoo.retrieval.cosine_adapter import CosineAdapter, adapt, adapter_objective
@@ -298,19 +299,10 @@ def _arm_program(mapping: str, shuffled: bool = False):
             key_now = jax.random.fold_in(key, number)
             return {**split, "query": jax.random.permutation(key_now, split["query"])}
 
-        def step(carry, number):
-            params, state = carry
-            batch = deal(train, number)
-
-            def scalar(params):
-                outputs, _ = objective.forward({"params": params}, batch, context)
-                return total_loss(objective.loss(outputs, batch, context), None, (), context)[0]
-
-            updates, state = tx.update(jax.grad(scalar)(params), state, params)
-            return (optax.apply_updates(params, updates), state), None
-
-        (params, _), _ = jax.lax.scan(step, (params, tx.init(params)), jnp.arange(CLAIM_STEPS))
-        return adapt(module, params, deal(test, CLAIM_STEPS)["query"], test["cos"], test["real"])
+        update = bare_update(objective, tx)
+        step = lambda now, number: (update(now, deal(train, number), context), None)  # noqa: E731
+        now, _ = jax.lax.scan(step, carry({"params": params}, tx), jnp.arange(CLAIM_STEPS))
+        return adapt(module, now.variables["params"], deal(test, CLAIM_STEPS)["query"], test["cos"], test["real"])
 
     return run
 
@@ -340,23 +332,15 @@ def benchmarks() -> list[Benchmark]:
     params = objective.init(key, batch)["params"]
     tx = optax.adam(1e-3)
 
-    def step(params, state, batch):
-        context = Context(key)
-
-        def scalar(params):
-            outputs, _ = objective.forward({"params": params}, batch, context)
-            return total_loss(objective.loss(outputs, batch, context), None, (), context)[0]
-
-        updates, state = tx.update(jax.grad(scalar)(params), state, params)
-        return optax.apply_updates(params, updates), state
-
+    update = bare_update(objective, tx)
+    step = lambda now, batch: update(now, batch, Context(key))  # noqa: E731
     weights = sum(x.size for x in jax.tree.leaves(params))
     apply = lambda p, query, cos: adapt(module, p, query, cos)  # noqa: E731
     flops, moved = 2.0 * q * weights + 4.0 * q * k, 4.0 * (weights + q * d + 2 * q * k)
     return [
         Benchmark(f"filter {q} queries x {k} candidates, d {d}", apply, (params, batch["query"], batch["cos"]), flops,
                   moved),
-        Benchmark(f"training step, {q} x {k}, d {d}", step, (params, tx.init(params), batch), 3 * flops,
+        Benchmark(f"training step, {q} x {k}, d {d}", step, (carry({"params": params}, tx), batch), 3 * flops,
                   4.0 * (9 * weights + q * d + 3 * q * k)),
         Benchmark(f"pooled PR AUC of {q * k} pairs", binary.average_precision, (batch["cos"], batch["label"]),
                   1.0 * q * k, 8.0 * q * k, {"numpy_sort": _numpy_average_precision}),

@@ -18,10 +18,11 @@ from data.dataset import Dataset
 from data.stream import evaluation_stream, training_stream
 from data.timeseries import PAIR_TYPES, bad_pairs, digits_series, load_ucr
 from trainers import recipe as base
+from trainers.bare_update import bare_update, carry
 from trainers.phases import Evaluate, Train
 from trainers.probes import linear_probe
 from trainers.recipe import Benchmark, Data, Export, Optimizer, Run, UserError
-from zoo.base import Context, LossTransformation, Objective, suggest, total_loss
+from zoo.base import Context, LossTransformation, Objective, suggest
 from zoo.hosts import two_views
 from zoo.losses.contrastive import nt_xent_per_example
 from zoo.nn.heads import ProjectionHead, WithHead
@@ -313,43 +314,27 @@ def _train(recipe: Recipe, train: Mapping, arm: str) -> tuple[Mapping, MiningSta
     if arm == "untrained_encoder":
         return variables, None
     mined = arm == "simclr_dbpm"
-    state = recipe.loss_transform(epochs).init(stream.num_examples) if mined else ()
     # the seed only selects keys, so that the compiled step serves every seed
     start, step = _compiled_step(dataclasses.replace(recipe, seed=0), epochs, stream.steps_per_epoch, mined)
-    carry = start(variables, state)
+    now = start(variables, stream.num_examples)
     key = jax.random.key(recipe.seed)
     for number in range(recipe.steps):
-        carry = step(carry, stream.batch(number), jax.random.fold_in(key, number), number)
-    return carry[0], carry[1] if mined else None
+        now = step(now, stream.batch(number), jax.random.fold_in(key, number), number)
+    return now.variables, now.memory if mined else None
 
 
 @functools.cache
 def _compiled_step(recipe: Recipe, epochs: int, steps_per_epoch: int, mined: bool):
     _, model = recipe.modules()
-    host = recipe.objective(model)
     transform = recipe.loss_transform(epochs) if mined else None
     tx = recipe.optimizer.build(recipe.steps)
-
-    def start(variables, state):
-        return variables, state, tx.init(variables["params"])
+    update = bare_update(recipe.objective(model), tx, transform)
 
     @functools.partial(jax.jit, donate_argnums=0)
-    def step(carry, batch, key, number):
-        variables, state, optimizer = carry
-        context = Context(key, number, recipe.steps, steps_per_epoch)
+    def step(now, batch, key, number):
+        return update(now, batch, Context(key, number, recipe.steps, steps_per_epoch))
 
-        def scalar(params):
-            outputs, mutated = host.forward({**variables, "params": params}, batch, context)
-            known = context.replace(outputs=outputs, batch=batch)
-            total, new, _ = total_loss(host.loss(outputs, batch, context), transform, state, known)
-            return total, (mutated, new)
-
-        grads, (mutated, new) = jax.grad(scalar, has_aux=True)(variables["params"])
-        updates, optimizer = tx.update(grads, optimizer, variables["params"])
-        params = jax.tree.map(jnp.add, variables["params"], updates)
-        return {**variables, **mutated, "params": params}, new, optimizer
-
-    return start, step
+    return lambda variables, examples: carry(variables, tx, transform, examples), step
 
 
 def benchmarks() -> list[Benchmark]:
