@@ -128,7 +128,7 @@ def single(name):
     return flatten(to_host(loop_of(name, Parallel(devices=1))().state))
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", FIRST)
 def test_jit_changes_nothing(name):
     args = start(name)["params"], batch_of(name), jax.random.key(1)
     np.testing.assert_allclose(compiled(name)(*args)[0], value_of(name)(*args), rtol=1e-4)
@@ -181,10 +181,11 @@ def test_padded_rows_change_nothing(name):
         np.testing.assert_allclose(flatten(their)[path], g, rtol=1e-4, atol=1e-6, err_msg=path)
 
 
+# compiling is the suite's time: pmap is where a method can go wrong by itself, 2 x 4 where the partitioner has most to
+# do; the rest of the table is compiled in the slow run
+QUICK = {"pmap 8": METHODS, "jit 2 x 4": [n for n in METHODS if "/" not in n], "jit 8": []}
 WAYS = [
-    pytest.param(name, way, marks=pytest.mark.slow if "/" in name and way == "jit 2 x 4" else [])
-    for name in METHODS
-    for way in ("jit 8", "jit 2 x 4", "pmap 8")
+    pytest.param(name, way, marks=[] if name in QUICK[way] else pytest.mark.slow) for name in METHODS for way in QUICK
 ]
 
 
@@ -246,14 +247,14 @@ def test_pure_functions_of_methods_that_train_nothing(name):
     if found["objective"] is not None:
         pytest.skip(f"{name} is an objective")
     function, args = found["function"], jax.tree.map(jnp.asarray, found["args"])
-    plain = function(*args)
-    for a, b in zip(jax.tree.leaves(jax.jit(function)(*args)), jax.tree.leaves(plain), strict=True):
+    plain, compiled = function(*args), jax.jit(function)
+    for a, b in zip(jax.tree.leaves(compiled(*args)), jax.tree.leaves(plain), strict=True):
         np.testing.assert_allclose(np.asarray(a, np.float32), np.asarray(b, np.float32), rtol=1e-5, atol=1e-5)
     stacked = jax.tree.map(lambda x: jnp.stack([x, x]), args)
     for a, b in zip(jax.tree.leaves(jax.vmap(function)(*stacked)), jax.tree.leaves(plain), strict=True):
         np.testing.assert_allclose(np.asarray(a[1], np.float32), np.asarray(b, np.float32), rtol=1e-5, atol=1e-5)
     low = jax.tree.map(lambda x: x.astype(jnp.bfloat16).astype(jnp.float32) if x.dtype == jnp.float32 else x, args)
-    assert all(np.isfinite(np.asarray(x, np.float32)).all() for x in jax.tree.leaves(function(*low)))
+    assert all(np.isfinite(np.asarray(x, np.float32)).all() for x in jax.tree.leaves(compiled(*low)))
 
 
 def test_the_table_is_read_from_the_recipes():
