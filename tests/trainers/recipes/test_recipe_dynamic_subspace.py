@@ -205,3 +205,20 @@ def test_the_importance_decides_which_neurons_stay():
     order = np.argsort(-np.asarray(ds.importance_scores(variables["subspace"])))[:8]
     kernel = np.asarray(variables["params"]["embedding"]["kernel"])
     np.testing.assert_array_equal(np.asarray(found.variables["params"]["embedding"]["kernel"])[:, :8], kernel[:, order])
+
+
+def test_the_claim_keeps_the_schedule_it_was_run_with(monkeypatch):
+    seen = []
+
+    def train(recipe, data, epochs):
+        seen.append((recipe, epochs))
+        raise Interrupted("enough")
+
+    monkeypatch.setattr(recipe_module, "_train", train)
+    for name in ("single learner", "untrained encoder", "fixed 4"):
+        with pytest.raises(Interrupted):
+            recipe_module.arm(name, 3)
+    assert [e for _, e in seen] == [16, 0, 16]
+    for recipe, _ in seen:
+        assert (recipe.seed, recipe.finetune_epoch, recipe.batches, recipe.patience) == (3, 14, 36, 2)
+    assert [r.learners for r, _ in seen] == ["single", "single", "fixed"] and seen[2][0].fixed_learners == 4
