@@ -17,6 +17,7 @@ from trainers.phases import Fit, FitResult, Phase, Train
 from trainers.subspaces import image_embedder
 from zoo.base import Loss, Objective, example_elements
 from zoo.losses.segmentation import dice_ce
+from zoo.nn.unet import UNet
 from zoo.objectives import apply_module, init_module
 from zoo.ops.segmentation import dice, proxy_mask
 
@@ -138,3 +139,21 @@ def segmentation_summary(metrics: Mapping[str, float], what: str) -> str:
         return ", U-Net taught by proxy masks (no Dice: the test images have no masks)"
     own, proxy = metrics["segmentation/dice"], metrics["segmentation/proxy_dice"]
     return f", Dice of {what} masks {proxy:.2f}, of a U-Net taught by them {own:.2f}"
+
+
+def example() -> dict[str, Any]:
+    """A tiny row for the conformance table: a network of two sizes and random proxies."""
+    rng = np.random.default_rng(0)
+    batch = {
+        "x": rng.normal(size=(16, 8, 8, 3)).astype(np.float32),
+        "index": np.arange(16, dtype=np.int32),
+        "mask": np.ones(16, bool),
+    }
+    return {
+        "objective": mask_objective(UNet(1, (2, 3), norm="instance")),
+        "batch": batch,
+        "optimizer": optax.adam(1e-3),
+        "transform": None,
+        "num_examples": 16,
+        "artefacts": {PROXIES: rng.random((16, 8, 8)) < 0.4},
+    }

@@ -495,4 +495,5 @@ def example() -> dict[str, Any]:
         "optimizer": optax.adam(1e-3),
         "transform": None,
         "num_examples": 16,
+        "also": {"segmentation": segmentation.example()},
     }
