@@ -10,13 +10,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import linen as nn
 
 from trainers import plots
 from zoo.base import Context, Objective
 from zoo.metrics.embeddings import nmi
 from zoo.metrics.neighbours import retrieval_metrics
 from zoo.ops.kmeans import Clusters, kmeans
-from zoo.ops.segmentation import dice, proxy_mask
+from zoo.ops.segmentation import class_activation_map, dice, proxy_mask
 
 BLUE, GREEN, RED = "#2a78d6", "#3a9b5c", "#c0392b"
 
@@ -86,8 +87,30 @@ def image_embedder(host: Objective, block: int = 256) -> Callable[[Mapping, np.n
     return embed
 
 
+def activation_mapper(module: nn.Module, block: int = 256) -> Callable[[Mapping, np.ndarray], np.ndarray]:
+    """``(variables of a softmax classifier, images [N, ...]) -> maps [N, h, w, 1]`` of the predicted classes.
+
+    Args:
+      module: the classifier's encoder up to the feature maps ``[B, h, w, d]`` that it pools by their mean.
+      block: images at a time.
+    """
+
+    @jax.jit
+    def find(variables, x):
+        own = {**variables, "params": variables["params"]["encoder"]}
+        features, weights = module.apply(own, x), variables["params"]["head"]
+        logits = jnp.matmul(jnp.mean(features, (1, 2)), weights.T, precision="highest")
+        return class_activation_map(features, weights, jnp.argmax(logits, 1))
+
+    def maps(variables: Mapping, images: np.ndarray) -> np.ndarray:
+        parts = [images[i : i + block] for i in range(0, len(images), block)]
+        return np.concatenate([np.asarray(find(variables, jnp.asarray(x))) for x in parts])
+
+    return maps
+
+
 def proxy_dice(maps: np.ndarray, masks: np.ndarray) -> float:
-    """Mean Dice coefficient of Otsu masks from attention maps with true masks ``[N, H, W]``."""
+    """Mean Dice coefficient of Otsu masks from maps with true masks ``[N, H, W]``."""
     found = proxy_mask(jnp.asarray(maps), masks.shape[1:])
     return float(jnp.mean(dice(found, jnp.asarray(masks))))
 
@@ -125,20 +148,33 @@ def draw_history(history: np.ndarray, finetune: int, file: Path) -> None:
     plots.save(fig, file)
 
 
-def draw_attention(images: np.ndarray, maps: np.ndarray, file: Path) -> None:
-    """Writes images in [-1, 1], their attention maps and the proxy masks from them, one column an image."""
-    fig, axes = plots.figure(len(images), 3, (1.1, 1.15))
+def draw_attention(
+    images: np.ndarray, maps: np.ndarray, file: Path, predicted: np.ndarray | None = None, name: str = "attention"
+) -> None:
+    """Writes images in [-1, 1], their maps and the proxy masks from them, one column an image.
+
+    Args:
+      images: ``[n, H, W, C]``.
+      maps: ``[n, h, w, 1]``.
+      file: where to.
+      predicted: masks of a segmentation network ``[n, H, W]``, a row more.
+      name: of the maps.
+    """
     size = images.shape[1:3]
-    masks = np.asarray(proxy_mask(jnp.asarray(maps), size))
     up = np.asarray(jax.image.resize(jnp.asarray(maps[..., 0]), (len(maps), *size), "bilinear"))
-    for i, image in enumerate(images):
-        shown = np.clip((image + 1) / 2, 0, 1)
-        axes[0][i].imshow(shown if shown.shape[-1] == 3 else shown[..., 0], cmap="gray")
-        axes[1][i].imshow(up[i], cmap="viridis")
-        axes[2][i].imshow(masks[i], cmap="gray", vmin=0, vmax=1)
-    for axis in axes.ravel():
-        axis.set_xticks([])
-        axis.set_yticks([])
-    for axis, name in zip(axes[:, 0], ("image", "attention", "proxy mask"), strict=True):
-        axis.set_ylabel(name, fontsize=7)
+    shown = np.clip((images + 1) / 2, 0, 1)
+    rows = {
+        "image": (shown if shown.shape[-1] == 3 else shown[..., 0], "gray", {}),
+        name: (up, "viridis", {}),
+        "proxy mask": (np.asarray(proxy_mask(jnp.asarray(maps), size)), "gray", {"vmin": 0, "vmax": 1}),
+    }
+    if predicted is not None:
+        rows["U-Net's mask"] = (predicted, "gray", {"vmin": 0, "vmax": 1})
+    fig, axes = plots.figure(len(images), len(rows), (1.1, 1.15))
+    for line, (label, (pictures, cmap, limits)) in zip(axes, rows.items(), strict=True):
+        for axis, picture in zip(line, pictures, strict=True):
+            axis.imshow(picture, cmap=cmap, **limits)
+            axis.set_xticks([])
+            axis.set_yticks([])
+        line[0].set_ylabel(label, fontsize=7)
     plots.save(fig, file)

@@ -68,6 +68,10 @@ def test_the_stream_names_the_learner_and_is_bound_to_artefacts():
         np.testing.assert_array_equal(batch["index"], order(i // 6).reshape(6, 4)[i % 6])
         half = bound.batch(i, (1, 2))
         assert half["learner"].tolist() == [i % 2] * 2 and (half["index"] == batch["index"][2:]).all()
+    # five batches do not divide by two learners: each epoch begins with the first
+    odd = cluster_stream(arrays, 2, 2, 5, 5, clusters=CLUSTERS, count=2)
+    assert [int(odd.batch(i)["learner"][0]) for i in (4, 5, 6)] == [0, 0, 1]
+    assert all((CLUSTERS[odd.batch(i)["index"]] == odd.batch(i)["learner"]).all() for i in (4, 5, 6))
     assert stream.bind({}) is stream
     whole = cluster_stream(arrays, 2, 2, 5, 6, whole=True)
     assert whole.bind({"clusters": CLUSTERS, "learners": np.int32(2)}) is whole

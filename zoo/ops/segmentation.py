@@ -1,10 +1,10 @@
-"""Segmentation masks from maps: Otsu's threshold, proxy masks from attention, and the Dice coefficient."""
+"""Segmentation masks from maps: class activation maps, Otsu's threshold, proxy masks, and the Dice coefficient."""
 
 from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 Number = float | int
 
@@ -44,3 +44,18 @@ def dice(predicted: Bool[Array, "b h w"], truth: Bool[Array, "b h w"]) -> Float[
     both = jnp.sum(predicted & truth, (1, 2))
     sizes = jnp.sum(predicted, (1, 2)) + jnp.sum(truth, (1, 2))
     return jnp.where(sizes > 0, 2.0 * both / jnp.maximum(sizes, 1), 1.0)
+
+
+def class_activation_map(
+    features: Float[Array, "b h w d"], weights: Float[Array, "c d"], classes: Int[Array, "b"]
+) -> Float[Array, "b h w 1"]:
+    """A classifier's evidence for a class at each place (CAM; Zhou et al., CVPR 2016, equation 2).
+
+    The classifier is linear on mean-pooled features, so that the mean of a map is the class's logit.
+
+    Args:
+      features: before pooling.
+      weights: of the classifier, a row a class.
+      classes: the class of each image that is asked about, usually the predicted one.
+    """
+    return jnp.einsum("bhwd,bd->bhw", features, weights[classes], precision="highest")[..., None]

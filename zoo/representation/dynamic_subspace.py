@@ -74,7 +74,8 @@ class SubspaceEncoder(nn.Module):
       attention: whether a :class:`SpatialAttentionGate` multiplies the features.
       dropout: rate on the pooled features.
       owner: if given, each neuron's learner: the result is then the group-normalised embedding itself ``[B, E]``.
-      only: ``"pooled"`` returns the pooled features ``[B, C]`` and has no embedding (for a classifier).
+      only: ``"pooled"`` returns the pooled features ``[B, C]`` and has no embedding (for a classifier); ``"features"``
+        returns what is pooled ``[B, h, w, C]`` (for class activation maps).
       dtype: of computation.
     """
 
@@ -101,6 +102,8 @@ class SubspaceEncoder(nn.Module):
             channels = y.shape[-1]
             gate = SpatialAttentionGate(max(1, channels // 8), max(1, channels // 32), self.dtype, name="attention")
             y, weight = gate(y)
+        if self.only == "features":
+            return y.astype(jnp.float32)
         pooled = jnp.mean(y.astype(jnp.float32), (1, 2))
         kept = dropout(pooled, self.dropout, keys)
         if self.only == "pooled":
@@ -450,6 +453,8 @@ CARD = Card(
         "should_split", "next_epoch", "subspace_learning",
         "zoo.losses.margin:distances", "zoo.losses.margin:margin_triplets", "zoo.losses.margin:margin_loss",
         "zoo.ops.segmentation:otsu_threshold", "zoo.ops.segmentation:proxy_mask", "zoo.ops.segmentation:dice",
+        "zoo.ops.segmentation:class_activation_map", "zoo.nn.unet:UNet", "zoo.nn.unet:DoubleConv",
+        "zoo.losses.segmentation:dice_loss", "zoo.losses.segmentation:dice_ce",
         "zoo.nn.attention_gate:SpatialAttentionGate", "zoo.ops.kmeans:kmeans", "zoo.metrics.embeddings:nmi",
     ),
     claim=Claim(

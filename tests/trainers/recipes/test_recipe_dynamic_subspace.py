@@ -9,6 +9,7 @@ import pytest
 
 from checkpoints.store import Store
 from data import factors
+from trainers import segmentation
 from trainers.errors import Interrupted
 from trainers.loop import Loop, Settings
 from trainers.parallel import Parallel
@@ -16,12 +17,18 @@ from trainers.recipe import Data, Optimizer, UserError
 from trainers.recipes.representation import dynamic_subspace as recipe_module
 from trainers.recipes.representation.dynamic_subspace import Recipe
 from trainers.state import begin_phase
+from trainers.subspaces import activation_mapper
 from trainers.trees import flatten, to_host
+from zoo.base import Context
+from zoo.losses.segmentation import dice_ce
+from zoo.nn.unet import UNet
+from zoo.ops.segmentation import proxy_mask
 from zoo.representation import dynamic_subspace as ds
 
 TINY = {
     "features": 16, "epochs": 6, "finetune_epoch": 5, "batches": 2, "per_class": 2, "patience": 1, "threshold": 0.05,
     "min_size": 2, "min_pool": 4, "restarts": 1, "cluster_iterations": 4, "optimizer": Optimizer(learning_rate=1e-7),
+    "segment_steps": 3, "segment_widths": (2, 3),
 }  # fmt: skip
 
 
@@ -53,8 +60,9 @@ def ran():
 def test_splits_and_clusters_come_between_epochs_that_share_one_compiled_step(ran):
     _, run, result, made = ran
     names = [p.name for p in run.phases]
-    assert names[:3] == ["clusters", "epoch0", "after0"] and names[-2:] == ["after5", "test"]
-    assert len(made) == 1
+    assert names[:3] == ["clusters", "epoch0", "after0"] and names[-5:-3] == ["after5", "test"]
+    assert names[-3:] == ["proxies", "segment", "segmentation"]
+    assert len(made) == 2  # one for all epochs, one for the U-Net
     history, state = result.artefacts["history"], result.variables["subspace"]
     assert history.shape == (6, 4) and np.isfinite(history).all()
     learners = int(state["learners"])
@@ -72,7 +80,7 @@ def test_what_it_draws_says_and_exports(ran, tmp_path):
     run.figures(result, tmp_path)
     assert all((tmp_path / f).stat().st_size > 5_000 for f in ("learners.png", "attention.png"))
     text = run.summary(result.metrics)
-    assert "learners: test NMI" in text and "Dice of attention masks" in text
+    assert "learners: test NMI" in text and text.count("Dice of attention masks") == 1 and "of a U-Net taught" in text
     assert "one class only" in run.summary({**result.metrics, "test/batches_without_negatives": 3.0})
     export = run.export(result.variables, {})
     x = recipe.load()["test"]["x"]
@@ -137,8 +145,8 @@ def test_a_split_edits_the_optimiser_unless_told_not_to():
     assert single.metrics["split"] == 0 and set(single.artefacts) == {"history"}
 
 
-def test_fixed_learners_start_with_their_clusters_and_the_classifier_runs():
-    recipe = Recipe(**{**TINY, "epochs": 1}, learners="fixed", fixed_learners=3)
+def test_fixed_learners_start_with_their_clusters_and_the_classifier_runs(tmp_path):
+    recipe = Recipe(**{**TINY, "epochs": 1, "segment_steps": 0}, learners="fixed", fixed_learners=3)
     result = loop_of(recipe)()
     assert int(result.artefacts["learners"]) == 3 and result.artefacts["clusters"].max() == 2
     assert np.bincount(result.variables["subspace"]["owner"]).tolist() == [6, 6, 4]
@@ -147,7 +155,17 @@ def test_fixed_learners_start_with_their_clusters_and_the_classifier_runs():
     result = Loop(run, Settings(Parallel(devices=1), 1, 1, 10))()
     assert "classifier: test NMI" in run.summary(result.metrics)
     export = run.export(result.variables, {})
-    assert export.definition.apply(export.variables, jnp.ones((2, 16, 16, 3))).shape == (2, 64)
+    x = jnp.asarray(recipe.load()["test"]["x"])
+    pooled = export.definition.apply(export.variables, x)
+    assert pooled.shape == (16, 64) and set(export.variables) == {"params"}
+    # class activation maps of the predicted class average to its logit, and make the proxy masks
+    maps = activation_mapper(recipe.module(only="features"), 12)(result.variables, np.asarray(x))
+    logits = pooled @ result.variables["params"]["head"].T
+    np.testing.assert_allclose(maps.mean((1, 2, 3)), np.max(logits, 1), atol=1e-5)
+    assert result.metrics["test/cam_dice"] == result.metrics["segmentation/proxy_dice"]
+    assert "Dice of class activation masks" in run.summary(result.metrics)
+    run.figures(result, tmp_path)
+    assert (tmp_path / "attention.png").stat().st_size > 5_000
 
 
 def test_phases_of_a_series_draw_their_own_numbers(ran):
@@ -161,6 +179,10 @@ def test_phases_of_a_series_draw_their_own_numbers(ran):
 def test_without_attention_and_with_resnet_50():
     recipe = Recipe(attention=False)
     assert not recipe.module().attention
+    # no maps, no segmentation, unless it is asked for
+    assert [p.name for p in recipe.build().phases][-2:] == ["after25", "test"]
+    assert [p.steps for p in Recipe().build().phases if p.name == "segment"] == [160]
+    assert Recipe(attention=False, learners="classifier").build().phases[-1].name == "segmentation"
     shapes = jax.eval_shape(
         lambda: Recipe(backbone="resnet50").module().init(jax.random.key(0), jnp.zeros((1, 64, 64, 3)))
     )
@@ -176,6 +198,9 @@ def test_without_attention_and_with_resnet_50():
         ({"classes_per_batch": 1}, "--classes-per-batch must be at least 2, got 1"),
         ({"epochs": 0}, "--epochs must be at least 1, got 0"),
         ({"threshold": 1.0}, r"--threshold must lie within \(0, 1\), got 1.0"),
+        ({"segment_steps": -1}, "--segment-steps must be at least 0, got -1"),
+        ({"segment_steps": 5, "attention": False}, "--segment-steps 5 with --no-attention: there are no maps"),
+        ({"segment_widths": (4, 0)}, "--segment-widths: expected one or more widths"),
         ({"cutoff": 2.0}, "--alpha, --beta and --cutoff"),
         ({"learners": "fixed", "fixed_learners": 40}, "--fixed-learners 40: 32 neurons cannot make 40 slices"),
         ({"data": Data("factor")}, "unknown data 'factor'; did you mean 'factors'"),
@@ -205,3 +230,65 @@ def test_the_importance_decides_which_neurons_stay():
     order = np.argsort(-np.asarray(ds.importance_scores(variables["subspace"])))[:8]
     kernel = np.asarray(variables["params"]["embedding"]["kernel"])
     np.testing.assert_array_equal(np.asarray(found.variables["params"]["embedding"]["kernel"])[:, :8], kernel[:, order])
+
+
+def test_the_claim_keeps_the_schedule_it_was_run_with(monkeypatch):
+    seen = []
+
+    def train(recipe, data, epochs):
+        seen.append((recipe, epochs))
+        raise Interrupted("enough")
+
+    monkeypatch.setattr(recipe_module, "_train", train)
+    for name in ("single learner", "untrained encoder", "fixed 4"):
+        with pytest.raises(Interrupted):
+            recipe_module.arm(name, 3)
+    assert [e for _, e in seen] == [16, 0, 16]
+    for recipe, _ in seen:
+        assert (recipe.seed, recipe.finetune_epoch, recipe.batches, recipe.patience) == (3, 14, 36, 2)
+    assert [r.learners for r, _ in seen] == ["single", "single", "fixed"] and seen[2][0].fixed_learners == 4
+
+
+def test_the_unet_learns_proxy_masks_and_gives_the_encoder_back(ran):
+    recipe, run, result, _ = ran
+    data, embed, variables = recipe.load(), recipe.embedder(), result.variables
+    train, test = data["train"], data["test"]
+    assert set(variables["params"]) == {"trunk", "attention", "embedding"}
+    proxies = proxy_mask(jnp.asarray(embed(variables, train["x"])["map"]), (16, 16))
+    np.testing.assert_array_equal(result.artefacts["proxies"], proxies)
+    predicted = segmentation.predicted_masks(recipe._unet(), variables["aside"], test["x"])
+    logits = recipe._unet().apply({"params": variables["aside"]}, jnp.asarray(test["x"]))[..., 0]
+    np.testing.assert_array_equal(predicted, np.asarray(jax.nn.sigmoid(logits)) > 0.5)
+    both = 2 * (predicted & test["mask"]).sum((1, 2)) / (predicted.sum((1, 2)) + test["mask"].sum((1, 2)))
+    metrics = result.metrics
+    assert metrics["segmentation/dice"] == pytest.approx(both.mean(), abs=1e-6)
+    assert metrics["segmentation/proxy_dice"] == pytest.approx(metrics["test/proxy_dice"], abs=1e-6)
+    assert metrics["segmentation/foreground"] == pytest.approx(predicted.mean(), abs=1e-6)
+    assert not {"aside", "subspace"} & set(run.export(variables, {}).variables)
+
+
+def test_the_unet_minimises_its_loss_against_the_proxies_of_its_own_images():
+    host = segmentation.mask_objective(UNet(1, (2, 3), norm="instance"))
+    rng = np.random.default_rng(0)
+    proxies = jnp.asarray(rng.random((5, 8, 8)) < 0.3)
+    batch = {"x": jnp.asarray(rng.normal(size=(3, 8, 8, 3)), jnp.float32), "index": jnp.asarray([4, 0, 9]),
+             "mask": jnp.asarray([True, True, False])}  # fmt: skip
+    variables = host.init(jax.random.key(0), batch)
+    context = Context(jax.random.key(0), artefacts={"proxies": proxies})
+    outputs, changed = host.forward({**variables, "subspace": {"owner": jnp.zeros(2)}}, batch, context)
+    assert changed == {}
+    found = host.loss(outputs, batch, context).elements
+    want = dice_ce(outputs["logits"][:2], proxies[jnp.asarray([4, 0])])
+    np.testing.assert_allclose(found.values, [*want, 0], rtol=1e-6)
+    with pytest.raises(ValueError, match="needs parameters only, got batch_stats, params"):
+        segmentation.mask_objective(UNet(1, (2,), norm="batch")).init(jax.random.key(0), batch)
+
+
+def test_data_without_masks_train_and_report_no_dice(monkeypatch):
+    whole = Recipe().load()
+    bare = {s: {k: v for k, v in rows.items() if k != "mask"} for s, rows in whole.splits.items()}
+    monkeypatch.setattr(Recipe, "load", lambda self: dataclasses.replace(whole, splits=bare))
+    run = Recipe(**{**TINY, "epochs": 1}, learners="classifier").build()
+    metrics = Loop(run, Settings(Parallel(devices=1), 1, 1, 10))().metrics
+    assert {k for k in metrics if k.startswith("segmentation/")} == {"segmentation/foreground"}
+    assert "test/cam_dice" not in metrics and "no Dice: the test images have no masks" in run.summary(metrics)

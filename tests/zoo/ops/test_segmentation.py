@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from zoo.ops.segmentation import dice, otsu_threshold, proxy_mask
+from zoo.ops.segmentation import class_activation_map, dice, otsu_threshold, proxy_mask
 
 
 def test_otsu_is_the_cut_of_greatest_variance_between():
@@ -36,3 +36,13 @@ def test_dice():
     p = jnp.asarray([[[1, 1], [0, 0]], [[0, 0], [0, 0]], [[0, 0], [0, 0]]], bool)
     t = jnp.asarray([[[1, 0], [1, 1]], [[0, 0], [0, 0]], [[1, 0], [0, 0]]], bool)
     np.testing.assert_allclose(dice(p, t), [2 / 5, 1, 0], rtol=1e-6)
+
+
+def test_a_class_activation_map_averages_to_the_logit():
+    rng = np.random.default_rng(1)
+    features, weights = rng.normal(size=(2, 3, 4, 5)).astype(np.float32), rng.normal(size=(6, 5)).astype(np.float32)
+    maps = np.asarray(class_activation_map(jnp.asarray(features), jnp.asarray(weights), jnp.asarray([4, 1])))
+    assert maps.shape == (2, 3, 4, 1)
+    np.testing.assert_allclose(maps[1, 2, 3, 0], features[1, 2, 3] @ weights[1], rtol=1e-5)
+    logits = features.mean((1, 2)) @ weights.T
+    np.testing.assert_allclose(maps.mean((1, 2, 3)), [logits[0, 4], logits[1, 1]], rtol=1e-4)

@@ -96,6 +96,10 @@ def test_a_split_gathers_before_it_writes():
     assert int((np.asarray(split.owner) == 1).sum()) == len(new)
     fresh = np.asarray(split.params["kernel"][:, 10:])
     assert (fresh != np.asarray(params["kernel"][:, 10:])).all()
+    # drawn for a layer of as many outputs as the new learner has, not of those that the old one had
+    drawn = ds.draw_neurons(jax.random.key(3), len(fresh), jnp.full(16, 6))
+    np.testing.assert_allclose(fresh, drawn["kernel"][:, 10:], rtol=1e-6)
+    np.testing.assert_allclose(split.params["bias"][10:], drawn["bias"][10:], rtol=1e-6)
     # moments move with their weights, new neurons have none
     moments = jnp.arange(32.0).reshape(2, 16)
     moved = np.asarray(ds.split_moments(moments, split))
@@ -233,6 +237,15 @@ def test_only_the_active_learner_is_trained_and_only_its_importance_grows():
     assert all(float(jnp.abs(g).max()) == 0 for g in jax.tree.leaves(step(one)))
     state = after(one)
     assert int(state["without_negatives"]) == 1 and float(state["count"]) == 4
+
+
+def test_a_padded_row_does_not_choose_the_learner():
+    variables = HOST.init(jax.random.key(1), BATCH)
+    batch = {**BATCH, "mask": jnp.arange(8) < 7, "learner": jnp.zeros(8, jnp.int32)}
+    padded = {**batch, "learner": jnp.asarray([0] * 7 + [1])}
+    other = {**batch, "learner": jnp.ones(8, jnp.int32)}
+    found = [float(value(variables, b)[0]) for b in (batch, padded, other)]
+    assert found[0] == found[1] != found[2]
 
 
 def test_the_importance_is_activation_times_gradient_of_the_loss():

@@ -17,11 +17,13 @@ from data.cluster_stream import ClusterStream, cluster_stream
 from data.dataset import Dataset
 from data.factors import factor_images, listed_images
 from trainers import recipe as base
+from trainers import segmentation
 from trainers.bare_update import Carry, bare_update, carry
 from trainers.embeddings import encoder_params
 from trainers.phases import Fit, FitResult, Train
 from trainers.recipe import Benchmark, Data, Export, Optimizer, Run, UserError
 from trainers.subspaces import (
+    activation_mapper,
     best_clusters,
     clustering_metrics,
     draw_attention,
@@ -33,6 +35,7 @@ from trainers.trees import edit_optimizer
 from zoo import hosts
 from zoo.base import Context, Objective, suggest
 from zoo.nn.resnet import ResNet, ResNetConfig
+from zoo.nn.unet import UNet
 from zoo.representation import dynamic_subspace as method
 
 
@@ -42,6 +45,10 @@ class Recipe(base.Recipe):
 
     The defaults are generated images of independent colour, shape and texture. Your own: --data.path with a folder that
     holds NAME_train.txt and NAME_test.txt, lines "id class path" after a header (the lists of the paper's repository).
+
+    A split waits until validation NMI stalls. On the generated images one learner stalls after some 600 steps, so the
+    default schedule has 22 epochs of 72 batches (1584 steps) for learners to be added in and 4 more for the whole: a
+    split follows in the first half of the run, and the added learner still has the second half.
     """
 
     data: Data = Data("factors")
@@ -60,15 +67,16 @@ class Recipe(base.Recipe):
     """side of listed images after scaling and cropping (published: 224)"""
     features: int = 32
     """E, the size of the embedding (published: 128)"""
-    epochs: int = 16
+    epochs: int = 26
     """epochs in all (published: 300)"""
-    finetune_epoch: int = 14
+    finetune_epoch: int = 22
     """from this epoch on the whole embedding is trained as one (published: 250)"""
-    batches: int = 36
-    """batches per epoch, the same whatever the clusters are; 0: as many as the largest cluster fills, times K"""
+    batches: int = 72
+    """batches per epoch, the same whatever the clusters are (72: the generated images twice); 0: as many as the largest
+    cluster fills, times K"""
     recluster_every: int = 2
     """epochs between clusterings of the training images, once there are two learners"""
-    patience: int = 2
+    patience: int = 3
     """epochs without a better validation NMI before a split is tried (published: 10)"""
     threshold: float = 0.5
     """importance above which a neuron is kept when the last learner is split"""
@@ -96,6 +104,11 @@ class Recipe(base.Recipe):
     """of every k-means; the one of least inertia is kept"""
     cluster_iterations: int = 100
     """of every k-means"""
+    segment_steps: int | None = None
+    """steps of a U-Net that learns the proxy masks of the training images; 0 for none; by default 160 where there are
+    maps: attention, or with --learners classifier class activation maps"""
+    segment_widths: tuple[int, ...] = (8, 16, 32)
+    """its channels at each size, from the full one to the smallest (published U-Net: 64 128 256 512 1024)"""
 
     def build(self) -> Run:
         """Data, one training phase an epoch with what happens after it, and the test."""
@@ -114,11 +127,12 @@ class Recipe(base.Recipe):
             phases.append(Train(name, stream.steps_per_epoch, host, tx, stream, **kept))
             phases.append(Fit(f"after{e}", functools.partial(self.event, data, e, embed=embed)))
         phases.append(Fit("test", functools.partial(self._test, data, embed)))
+        phases += self._segmentation(data, lambda v, x: embed(v, x)["map"])
         example = jax.tree.map(jnp.asarray, self.stream(data, 0).batch(0))
 
         def export(variables: Mapping, artefacts: Mapping) -> Export:
             owner = tuple(int(o) for o in np.asarray(variables["subspace"]["owner"]))
-            kept = {k: v for k, v in variables.items() if k != "subspace"}
+            kept = {k: v for k, v in variables.items() if k not in ("subspace", segmentation.ASIDE)}
             return Export(self.module(owner=owner), kept, self._facts(data))
 
         return Run(
@@ -250,25 +264,43 @@ class Recipe(base.Recipe):
         host = hosts.softmax_classifier(self.module(only="pooled"), classes, "linear")
         stream = self.stream(data, 0)
         steps = self.epochs * stream.steps_per_epoch
-        embed = image_embedder(host)
+        embed, maps = image_embedder(host), activation_mapper(self.module(only="features"))
 
         def test(variables, artefacts, rng):
             z = embed(variables, data["test"]["x"])["embedding"]
             z = z / np.maximum(np.linalg.norm(z, axis=1, keepdims=True), 1e-12)
-            return FitResult(metrics=self.measure(z, data["test"]["label"], classes, rng))
+            found = self.measure(z, data["test"]["label"], classes, rng)
+            if "mask" in data["test"]:
+                found["cam_dice"] = proxy_dice(maps(variables, data["test"]["x"]), data["test"]["mask"])
+            return FitResult(metrics=found)
 
         def export(variables: Mapping, artefacts: Mapping) -> Export:
-            kept = {k: v for k, v in variables.items() if k != "params"}
+            kept = {k: v for k, v in variables.items() if k not in ("params", segmentation.ASIDE)}
             weights = {**kept, "params": encoder_params(variables["params"])}
             return Export(self.module(only="pooled"), weights, self._facts(data))
 
         return Run(
-            phases=[Train("classifier", steps, host, self.optimizer.build(steps), stream), Fit("test", test)],
+            phases=[
+                Train("classifier", steps, host, self.optimizer.build(steps), stream),
+                Fit("test", test),
+                *self._segmentation(data, maps),
+            ],
             export=export,
+            figures=functools.partial(self._draw_maps, data=data, maps=maps, name="class activation"),
             data_fingerprint=data.fingerprint,
             summary=self._summary,
             steps_per_call=1,
         )
+
+    def _segmentation(self, data: Dataset, maps: segmentation.Maps) -> list[Any]:
+        steps = (160 if self._has_maps() else 0) if self.segment_steps is None else self.segment_steps
+        return segmentation.segmentation_phases(data, maps, self._unet(), steps, seed=self.seed) if steps else []
+
+    def _has_maps(self) -> bool:
+        return self.attention or self.learners == "classifier"
+
+    def _unet(self) -> UNet:
+        return UNet(1, self.segment_widths, norm="instance", dtype=jnp.dtype(self.dtype))
 
     def _facts(self, data: Dataset) -> dict[str, Any]:
         return {
@@ -279,13 +311,17 @@ class Recipe(base.Recipe):
 
     def _summary(self, m: Mapping[str, float]) -> str:
         if "test/learners" not in m:
-            return f"classifier: test NMI {m['test/nmi']:.3f}, recall@1 {m['test/recall@1']:.3f}"
+            text = f"classifier: test NMI {m['test/nmi']:.3f}, recall@1 {m['test/recall@1']:.3f}"
+            if "test/cam_dice" in m and "segmentation/dice" not in m:
+                text += f", Dice of class activation masks {m['test/cam_dice']:.2f}"
+            return text + segmentation.segmentation_summary(m, "class activation")
         text = (
             f"{self.learners}, {m['test/learners']:.0f} learners: test NMI {m['test/nmi']:.3f}, recall@1 "
             f"{m['test/recall@1']:.3f}"
         )
-        if "test/proxy_dice" in m:
+        if "test/proxy_dice" in m and "segmentation/dice" not in m:
             text += f", Dice of attention masks {m['test/proxy_dice']:.2f}"
+        text += segmentation.segmentation_summary(m, "attention")
         if m.get("test/batches_without_negatives", 0):
             text += f" ({m['test/batches_without_negatives']:.0f} batches held one class only and taught nothing)"
         return text + "; see learners.png"
@@ -293,8 +329,13 @@ class Recipe(base.Recipe):
     def _draw(self, result: Any, workdir: Path, data: Dataset, embed: Any) -> None:
         draw_history(np.asarray(result.artefacts["history"]), self.finetune_epoch, Path(workdir) / "learners.png")
         if self.attention:
-            x = data["test"]["x"][:8]
-            draw_attention(x, embed(result.variables, x)["map"], Path(workdir) / "attention.png")
+            self._draw_maps(result, workdir, data, lambda v, x: embed(v, x)["map"], "attention")
+
+    def _draw_maps(self, result: Any, workdir: Path, data: Dataset, maps: segmentation.Maps, name: str) -> None:
+        x, predicted = data["test"]["x"][:8], None
+        if segmentation.ASIDE in result.variables:
+            predicted = segmentation.predicted_masks(self._unet(), result.variables[segmentation.ASIDE], x)
+        draw_attention(x, maps(result.variables, x), Path(workdir) / "attention.png", predicted, name)
 
     def _check(self) -> None:
         least = {
@@ -307,6 +348,7 @@ class Recipe(base.Recipe):
                 raise UserError(f"--{name.replace('_', '-')} must be at least {low}, got {getattr(self, name)}")
         if self.per_class < 2:
             raise UserError(f"--per-class must be at least 2, got {self.per_class}: an anchor needs a positive")
+        segmentation.check_segmentation(self.segment_steps, self.segment_widths, self._has_maps())
         if not 0 < self.threshold < 1:
             raise UserError(f"--threshold must lie within (0, 1), got {self.threshold}: importances are scaled to that")
         if not (self.alpha >= 0 and self.beta > 0 and 0 <= self.cutoff < 2):
@@ -338,6 +380,8 @@ def fields() -> dict[str, str]:
 
 
 ARMS = ("dynamic learners", "single learner", "untrained encoder", "fixed 2", "fixed 4")
+REGISTERED = {"epochs": 16, "finetune_epoch": 14, "batches": 36, "patience": 2}
+"""The schedule with which the claim was registered and run; the recipe's own became longer since."""
 
 
 def arm(arm: str, seed: int) -> dict[str, float]:
@@ -351,7 +395,7 @@ def arm(arm: str, seed: int) -> dict[str, float]:
         raise UserError(suggest(arm, ARMS, "arm"))
     kinds = {"dynamic learners": "dynamic", "single learner": "single", "untrained encoder": "single"}
     fixed = int(arm.split()[1]) if arm.startswith("fixed") else 1
-    recipe = Recipe(seed=seed, learners=kinds.get(arm, "fixed"), fixed_learners=fixed)
+    recipe = Recipe(seed=seed, learners=kinds.get(arm, "fixed"), fixed_learners=fixed, **REGISTERED)
     data = recipe.load()
     variables = _train(recipe, data, 0 if arm == "untrained encoder" else recipe.epochs)
     test = recipe._test(data, recipe.embedder(), variables, {}, jax.random.key(seed))
@@ -390,7 +434,7 @@ def _train(recipe: Recipe, data: Dataset, epochs: int) -> Mapping[str, Any]:
 
 @functools.cache
 def _program():
-    recipe = Recipe()
+    recipe = Recipe(**REGISTERED)
     tx = recipe.optimizer.build(recipe.epochs * recipe.batches)
     return tx, jax.jit(bare_update(recipe.objective(), tx))
 
@@ -440,4 +484,5 @@ def example() -> dict[str, Any]:
         "optimizer": optax.adam(1e-3),
         "transform": None,
         "num_examples": 16,
+        "also": {"segmentation": segmentation.example()},
     }
