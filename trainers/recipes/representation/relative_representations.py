@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import jax
@@ -15,19 +13,27 @@ import numpy as np
 import optax
 
 from data.dataset import Dataset
-from data.images import digits, image_dataset
-from data.latents import Latents, read_latents, rotated_latents, word_spaces
-from data.stream import DataError, training_stream
+from data.images import digits
+from data.latents import Latents
+from data.stream import training_stream
 from trainers import recipe as base
 from trainers.phases import Alternate, Fit, FitResult, Train, Update
 from trainers.recipe import Benchmark, Data, Export, Optimizer, Run, UserError
 from trainers.run import train_in_memory
-from trainers.stitching import KINDS, likeness, stitching_figures, stitching_metrics, stitching_table
-from zoo.base import Loss, Objective, batch_mask, example_elements
+from trainers.stitching import (
+    KINDS,
+    heads_objective,
+    likeness,
+    stitching_figures,
+    stitching_metrics,
+    stitching_summary,
+    under,
+)
+from trainers.stitching_tasks import StitchingData, Task, image_task, latent_task, stitching_data
+from zoo.base import Objective
 from zoo.metrics.latents import topk_jaccard
 from zoo.nn.conv_autoencoder import ConvDecoder, ConvEncoder, VariationalDecoder
 from zoo.nn.gcnii import GCNII
-from zoo.nn.heads import WithHead
 from zoo.nn.mlp import MLP
 from zoo.objectives import supervised
 from zoo.ops.anchors import AnchorSet, check_anchors, select_anchors
@@ -83,12 +89,13 @@ class Recipe(base.Recipe):
 
     def build(self) -> Run:
         """Encoders (of images), anchors, heads, the table, autoencoders and their pictures."""
-        return self.run_on(self._data())
+        return self.run_on(stitching_data(self.data.name, self.data.path, self.seed))
 
-    def run_on(self, data: Dataset | Latents) -> Run:
+    def run_on(self, data: StitchingData) -> Run:
         """The phases over given data."""
-        task = _Task.of_images(data, self) if isinstance(data, Dataset) else _Task.of_latents(data)
-        self._check(task)
+        self._check_settings(encoders=not isinstance(data, Latents))
+        task = self._task(data)
+        self._check_items(task)
         ids = self._anchor_ids(task)
         spaces = {name: task.encoder(i) for i, name in enumerate(task.names)}
         layer = relative.RelativeLayer(
@@ -99,7 +106,7 @@ class Recipe(base.Recipe):
         represent = jax.jit(lambda z, own: layer.apply({}, z, own))
         logits = jax.jit(head.apply)
         anchor_batch = task.anchor_batch(ids)
-        heads = _heads_objective(head, spaces, represent)
+        heads = heads_objective(head, spaces, represent)
         stream = training_stream(task.train, self.batch_size, self.seed)
         tx = self.optimizer.build
         autoencoders = self._autoencoders(task, ids) if task.images and self.ae_steps else {}
@@ -107,10 +114,9 @@ class Recipe(base.Recipe):
         def init(rng):
             keys = iter(jax.random.split(rng, 3 * len(spaces) + len(autoencoders)))
             made: dict[str, dict] = {"params": {}, "constants": {"anchor_ids": ids, "hash": AnchorSet.of(ids).hash}}
-            for i in range(len(spaces) if task.images else 0):
-                made["params"][f"encoder{i}"] = task.module(i).init(next(keys), jnp.asarray(task.train["x"][:1]))[
-                    "params"
-                ]
+            for i, module in enumerate(task.modules):
+                started = module.init(next(keys), jnp.asarray(task.train[task.inputs[i]][:1]))
+                made["params"][f"encoder{i}"] = started["params"]
             own = {}
             for i, encode in enumerate(spaces.values()):
                 z = jax.eval_shape(encode, made["params"], anchor_batch)
@@ -155,14 +161,14 @@ class Recipe(base.Recipe):
             return FitResult({}, {"tables": {k: v.astype(np.float32) for k, v in tables.items()}}, metrics)
 
         phases: list[Any] = []
-        if task.images:
+        if task.modules:
             updates = {
                 f"encoder{i}": Update(
-                    _under(f"encoder{i}", supervised(task.module(i))), tx(self.encoder_steps),
+                    under(f"encoder{i}", supervised(module, inputs=task.inputs[i])), tx(self.encoder_steps),
                     training_stream(task.train, self.batch_size, 1000 * self.seed + i + 1),
                     trainable=(f"encoder{i}/.*",),
                 )
-                for i in range(len(spaces))
+                for i, module in enumerate(task.modules)
             }  # fmt: skip
             phases.append(Alternate("encoders", self.encoder_steps, updates))
         phases += [
@@ -173,7 +179,7 @@ class Recipe(base.Recipe):
         if autoencoders:
             updates = {
                 name: Update(
-                    _under(name, objective), tx(self.ae_steps),
+                    under(name, objective), tx(self.ae_steps),
                     training_stream(task.train, self.batch_size, 1000 * self.seed + int(name[-1]) + 1),
                     trainable=(f"{name}/.*",),
                 )
@@ -195,21 +201,18 @@ class Recipe(base.Recipe):
             }
             return Export(head, {"params": own["relative0"], "constants": kept}, facts)
 
-        summary = lambda metrics: _summary(metrics, task.names)  # noqa: E731
+        summary = lambda metrics: stitching_summary(metrics, task.names)  # noqa: E731
         figures = lambda result, workdir: stitching_figures(result, workdir, task.names)  # noqa: E731
         return Run(phases, export, init, figures, task.fingerprint, summary, steps_per_call=10)
 
     # --- settings -----------------------------------------------------------------------------------------------------
 
-    def _data(self) -> Dataset | Latents:
-        name, path = self.data.name, self.data.path
-        if path is not None and _holds_latents(Path(path)):
-            return read_latents(path)
-        if path is None and name in ("rotated", "words"):
-            return rotated_latents(self.seed)[0] if name == "rotated" else word_spaces(self.seed)
-        return image_dataset(name, path)
+    def _task(self, data: StitchingData) -> Task:
+        if isinstance(data, Latents):
+            return latent_task(data)
+        return image_task(data, self.widths, self.hidden, jnp.dtype(self.dtype))
 
-    def _check(self, task: _Task) -> None:
+    def _check_settings(self, encoders: bool) -> None:
         for name in ("hidden", "anchors", "encoder_steps", "head_steps", "batch_size", "subspaces"):
             if getattr(self, name) < 1:
                 raise UserError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}")
@@ -218,10 +221,12 @@ class Recipe(base.Recipe):
                 f"--ae-steps, --bin-size and --top-m must not be negative; got {self.ae_steps}, {self.bin_size} and "
                 f"{self.top_m}"
             )
-        if task.images and (len(self.widths) < 2 or min(self.widths) < 1):
+        if encoders and (len(self.widths) < 2 or min(self.widths) < 1):
             raise UserError(f"--widths needs two encoders or more, each of width 1 or more; got {self.widths}")
         if not self.ae_widths or min(self.ae_widths) < 1:
             raise UserError(f"--ae-widths needs one layer or more of 1 channel or more; got {self.ae_widths}")
+
+    def _check_items(self, task: Task) -> None:
         bad = [w for w in task.widths if w % self.subspaces]
         if bad:
             raise UserError(f"--subspaces {self.subspaces} must divide every model's width; one has {bad[0]}")
@@ -233,18 +238,18 @@ class Recipe(base.Recipe):
                 "anchors, at most the training items"
             )
 
-    def _anchor_ids(self, task: _Task) -> np.ndarray:
+    def _anchor_ids(self, task: Task) -> np.ndarray:
         if task.own_anchors:
             return np.arange(len(next(iter(task.own_anchors.values()))), dtype=np.int32)
         key = jax.random.key(self.seed)
-        looked_at = task.train["x" if task.images else "m0"].reshape(task.items, -1)
+        looked_at = jnp.asarray(task.looked_at()) if self.anchor_method in ("farthest", "kmeans") else None
         chosen = select_anchors(
             key, self.anchors, self.anchor_method, n=task.items, labels=jnp.asarray(task.train["label"]),
-            latents=jnp.asarray(looked_at), top_m=self.top_m or 2 * self.anchors,
+            latents=looked_at, top_m=self.top_m or 2 * self.anchors,
         )  # fmt: skip
         return np.asarray(chosen)
 
-    def _autoencoders(self, task: _Task, ids: np.ndarray) -> dict[str, tuple[Any, Objective]]:
+    def _autoencoders(self, task: Task, ids: np.ndarray) -> dict[str, tuple[Any, Objective]]:
         shape, dtype = tuple(task.train["x"].shape[1:]), jnp.dtype(self.dtype)
         if len(shape) != 3:
             raise UserError(f"autoencoders need images, not points of shape {shape}; set --ae-steps 0")
@@ -259,111 +264,7 @@ class Recipe(base.Recipe):
         return found
 
 
-def _holds_latents(path: Path) -> bool:
-    if path.is_dir():
-        return any(path.glob("*.npz"))
-    if path.suffix != ".npz" or not path.is_file():
-        return False
-    try:
-        with np.load(path, allow_pickle=False) as opened:
-            return not {"x", "image"} & set(opened.files)
-    except Exception as error:
-        raise DataError(f"{path}: not a readable .npz file ({str(error).splitlines()[0]})") from None
-
-
-@dataclasses.dataclass(frozen=True)
-class _Task:
-    """Items seen by several models: images through encoders to be trained, or latents as they are."""
-
-    names: tuple[str, ...]
-    widths: tuple[int, ...]
-    train: Mapping[str, np.ndarray]
-    test: Mapping[str, np.ndarray]
-    num_classes: int
-    fingerprint: str
-    images: bool
-    module: Callable[[int], Any]
-    own_anchors: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
-
-    @classmethod
-    def of_images(cls, data: Dataset, recipe: Recipe) -> _Task:
-        if "label" not in data["train"] or "label" not in data["test"]:
-            raise UserError(f"data {data.name!r} has no labels; heads need them")
-        classes = int(data.info["num_classes"])
-        split = {s: {"x": data[s]["x"], "label": data[s]["label"].astype(np.int32)} for s in ("train", "test")}
-        module = lambda i: WithHead(  # noqa: E731
-            MLP((recipe.hidden,), recipe.widths[i], dtype=jnp.dtype(recipe.dtype)), relative.RelativeHead(classes)
-        )
-        names = tuple(f"encoder {i} ({w})" for i, w in enumerate(recipe.widths))
-        print_ = data.fingerprint
-        return cls(names, tuple(recipe.widths), split["train"], split["test"], classes, print_, True, module)
-
-    @classmethod
-    def of_latents(cls, data: Latents) -> _Task:
-        fields = {f"m{i}": v for i, v in enumerate(data.models.values())} | {"label": data.labels}
-        train, test = ({k: v[rows] for k, v in fields.items()} for rows in (data.train, ~data.train))
-        widths = tuple(v.shape[1] for v in data.models.values())
-        return cls(
-            tuple(data.models), widths, train, test, data.num_classes, data.fingerprint, False, lambda i: None,
-            data.anchors,
-        )  # fmt: skip
-
-    @property
-    def items(self) -> int:
-        return len(self.train["label"])
-
-    @property
-    def test_batch(self) -> dict[str, jax.Array]:
-        return {k: jnp.asarray(v) for k, v in self.test.items()}
-
-    def encoder(self, i: int) -> Callable[[Any, Mapping], jax.Array]:
-        """``(params, batch) -> [B, d]`` of model i."""
-        if not self.images:
-            return lambda params, batch: batch[f"m{i}"]
-        body = self.module(i).body
-        return lambda params, batch: body.apply({"params": params[f"encoder{i}"]["encoder"]}, batch["x"])
-
-    def anchor_batch(self, ids: np.ndarray) -> dict[str, jax.Array]:
-        rows = ids % self.items  # the user's own anchors are no items; these rows then only give shapes
-        return {k: jnp.asarray(v[rows]) for k, v in self.train.items()}
-
-
-def _under(name: str, objective: Objective) -> Objective:
-    """An objective whose variables lie under ``name`` in every collection."""
-
-    def forward(variables, batch, context):
-        own = {c: v[name] for c, v in variables.items() if name in v}
-        out, mutated = objective.forward(own, batch, context)
-        return out, {c: {**variables[c], name: v} for c, v in mutated.items()}
-
-    return dataclasses.replace(objective, forward=forward)
-
-
-def _heads_objective(head, spaces, represent) -> Objective:
-    """The cross-entropies of all heads on frozen latents; their parameters are disjoint."""
-
-    def forward(variables, batch, context):
-        module, found = head.clone(axis_name=context.axis_name), []
-        for i, encode in enumerate(spaces.values()):
-            z = jax.lax.stop_gradient(encode(variables["params"], batch))
-            r = represent(z, jnp.asarray(context.artefacts["anchors"][f"m{i}"]))
-            for kind, x in zip(KINDS, (r, z), strict=True):
-                params = {"params": variables["params"]["heads"][f"{kind}{i}"]}
-                found.append(module.apply(params, x, context.train, batch_mask(batch)))
-        return {"logits": jnp.stack(found, 1).astype(jnp.float32)}, {}
-
-    def loss(outputs, batch, context):
-        labels = jnp.broadcast_to(batch["label"][:, None], outputs["logits"].shape[:2])
-        values = optax.softmax_cross_entropy_with_integer_labels(outputs["logits"], labels)
-        hits = jnp.where(batch_mask(batch)[:, None], jnp.argmax(outputs["logits"], -1) == labels, False)
-        rate = jnp.sum(hits, 0) / jnp.maximum(jnp.sum(batch_mask(batch)), 1)
-        metrics = {f"{kind}_accuracy": jnp.mean(rate[n::2]) for n, kind in enumerate(KINDS)}
-        return Loss(example_elements(jnp.sum(values, 1), batch), metrics=metrics)
-
-    return Objective(lambda rng, batch: {}, forward, loss, gathers=("label",), name="heads on frozen latents")
-
-
-def _pictures(task: _Task, autoencoders: Mapping[str, tuple[Any, Objective]]):
+def _pictures(task: Task, autoencoders: Mapping[str, tuple[Any, Objective]]):
     def fit(variables, artefacts, rng):
         x, metrics, pictures = jnp.asarray(task.test["x"]), {}, {}
         for kind in KINDS:
@@ -382,18 +283,6 @@ def _pictures(task: _Task, autoencoders: Mapping[str, tuple[Any, Objective]]):
         return FitResult({}, {"pictures": {**pictures, "images": np.asarray(x[:10])}}, metrics)
 
     return fit
-
-
-def _summary(metrics: Mapping[str, float], names: tuple[str, ...]) -> str:
-    lines = []
-    for kind in KINDS:
-        own, other = metrics[f"stitching/{kind}_own"], metrics.get(f"stitching/{kind}_stitched")
-        lines.append(f"{kind} own {own:.3f}, stitched " + ("impossible" if other is None else f"{other:.3f}"))
-    text = "test accuracy: " + "; ".join(lines)
-    if "pictures/relative_own_mse" in metrics:
-        mse = {k: metrics[f"pictures/{k}_mse"] for k in ("relative_own", "relative_stitched", "absolute_stitched")}
-        text += "; reconstruction MSE: " + ", ".join(f"{k.replace('_', ' ')} {v:.3f}" for k, v in mse.items())
-    return f"{text}\n{stitching_table(metrics, names)}"
 
 
 def fields() -> dict[str, str]:
