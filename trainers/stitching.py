@@ -12,9 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from trainers.errors import UserError
 from zoo.base import Loss, Objective, batch_mask, example_elements
 from zoo.metrics.embeddings import linear_cka
 from zoo.metrics.latents import aligned_mrr, mean_cosine, topk_jaccard
+from zoo.ops.anchors import AnchorSet, check_anchors
 from zoo.ops.stitching import own_and_stitched
 
 KINDS = ("relative", "absolute")
@@ -34,10 +36,37 @@ def stitching_metrics(tables: Mapping[str, np.ndarray]) -> dict[str, float]:
     return found
 
 
-def likeness(latents: Mapping[str, jax.Array], anchors: Mapping, represent) -> dict[str, float]:
-    """How alike the first two models' spaces are on the test items."""
+def checked_anchors(model: str, ids: Any, latents: Any) -> AnchorSet:
+    """Anchors in a model's space.
+
+    Raises:
+      UserError: an anchor without a direction; with the model.
+    """
+    anchors = AnchorSet.of(ids, latents)
+    try:
+        check_anchors(anchors)
+    except ValueError as error:
+        raise UserError(f"model {model}: {error}") from None
+    return anchors
+
+
+def likeness(
+    latents: Mapping[str, jax.Array],
+    anchors: Mapping,
+    represent: Callable,
+    absolute: Mapping[str, jax.Array] | None = None,
+) -> dict[str, float]:
+    """How alike the first two models' spaces are on the test items.
+
+    Args:
+      latents: by model, ``[N, d]``.
+      anchors: each model's own latents of the anchors, ``m0`` and ``m1``.
+      represent: ``(latents, anchors' latents) -> [N, k]``.
+      absolute: latents to compare as they are, where models without a projection were trained for that.
+    """
     (a, b), own = list(latents.values())[:2], [jnp.asarray(anchors[f"m{i}"]) for i in range(2)]
     pairs = {"relative": (represent(a, own[0]), represent(b, own[1]))}
+    a, b = list((latents if absolute is None else absolute).values())[:2]
     pairs |= {"absolute": (a, b)} if a.shape == b.shape else {}
     measures = {"jaccard": topk_jaccard, "mrr": aligned_mrr, "cosine": mean_cosine}
     found = {f"{kind}_{m}": float(jax.jit(f)(x, y)) for kind, (x, y) in pairs.items() for m, f in measures.items()}
@@ -93,11 +122,11 @@ def stitching_figures(result: Any, workdir: Path, names: tuple[str, ...]) -> Non
     plots.save(fig, workdir / "reconstructions.png")
 
 
-def under(name: str, objective: Objective) -> Objective:
-    """An objective whose variables lie under ``name`` in every collection."""
+def under(name: str, objective: Objective, shared: tuple[str, ...] = ()) -> Objective:
+    """An objective whose variables lie under ``name`` in every collection but the ``shared`` ones."""
 
     def forward(variables, batch, context):
-        own = {c: v[name] for c, v in variables.items() if name in v}
+        own = {c: v if c in shared else v[name] for c, v in variables.items() if c in shared or name in v}
         out, mutated = objective.forward(own, batch, context)
         return out, {c: {**variables[c], name: v} for c, v in mutated.items()}
 

@@ -13,15 +13,19 @@ import numpy as np
 import optax
 
 from data.dataset import Dataset
+from data.graphs import Graph
 from data.images import digits
 from data.latents import Latents
+from data.parallel_texts import ParallelTexts
 from data.stream import training_stream
+from data.text import SPECIAL
 from trainers import recipe as base
 from trainers.phases import Alternate, Fit, FitResult, Train, Update
 from trainers.recipe import Benchmark, Data, Export, Optimizer, Run, UserError
 from trainers.run import train_in_memory
 from trainers.stitching import (
     KINDS,
+    checked_anchors,
     heads_objective,
     likeness,
     stitching_figures,
@@ -29,14 +33,23 @@ from trainers.stitching import (
     stitching_summary,
     under,
 )
-from trainers.stitching_tasks import StitchingData, Task, image_task, latent_task, stitching_data
+from trainers.stitching_nodes import node_run
+from trainers.stitching_tasks import (
+    StitchingData,
+    Task,
+    image_task,
+    latent_task,
+    node_task,
+    stitching_data,
+    text_task,
+)
 from zoo.base import Objective
 from zoo.metrics.latents import topk_jaccard
 from zoo.nn.conv_autoencoder import ConvDecoder, ConvEncoder, VariationalDecoder
 from zoo.nn.gcnii import GCNII
 from zoo.nn.mlp import MLP
 from zoo.objectives import supervised
-from zoo.ops.anchors import AnchorSet, check_anchors, select_anchors
+from zoo.ops.anchors import AnchorSet, select_anchors
 from zoo.ops.blocks import in_blocks
 from zoo.ops.stitching import Stitchable, stitch, stitching_matrix
 from zoo.representation import relative_representations as relative
@@ -50,18 +63,31 @@ class Recipe(base.Recipe):
 
     Your own encoders: --data.path FILE.npz with one array [N, d] per model and labels [N]: their heads are trained and
     the stitching table is printed. A folder of images, or --data.name of a TFDS image set, trains encoders on those.
+    Texts: --data.path FILE.csv with columns text, label and perhaps split; translations of the same documents in
+    columns text_EN, text_FR, ... stitch encoders across languages, the anchors being documents in every one of them.
+    Graphs: --data.path FOLDER with edges.csv and nodes.npz (features, labels) trains graph networks end to end.
     """
 
     data: Data = Data("digits")
-    """digits, rotated or words (generated latents), any TFDS image set, or --data.path: images, or latents of models"""
+    """digits; generated: rotated, words (latents), translations (texts in two languages), communities (a graph);
+    any TFDS image set; or --data.path: images, latents of models, texts, a graph"""
     widths: tuple[int, ...] = (64, 64, 96)
-    """images: one encoder for each, its latents of this width"""
+    """images, texts, graphs: one encoder for each, its latents of this width; texts: of the languages in turn"""
     hidden: int = 128
-    """images: hidden units of an encoder"""
+    """images, texts: hidden units of an encoder, and the width of its word vectors"""
+    text_length: int = 64
+    """texts: tokens of a text, longer ones are cut"""
+    vocab_size: int = 4096
+    """texts: ids of each language's tokenizer, at most"""
+    layers: int = 4
+    """graphs: convolutions of an encoder"""
+    dropout: float = 0.5
+    """graphs: before every convolution, in training"""
     anchors: int = 64
     """k: samples that all models share, the width of relative representations"""
     anchor_method: Literal["uniform", "stratified", "top_m", "farthest", "kmeans"] = "uniform"
-    """how they are chosen among the training items; farthest and kmeans look at pixels, or at the first model"""
+    """how they are chosen among the training items; farthest and kmeans look at pixels, the first model, the first
+    language's latent semantics, or features of nodes"""
     top_m: int = 0
     """top_m: among how many first items; 0 for twice the anchors"""
     similarity: Literal["cosine", "inner", "basis"] = "cosine"
@@ -73,9 +99,9 @@ class Recipe(base.Recipe):
     standardise: Literal["layer", "batch"] = "layer"
     """second normalisation of the head; batch is the released code's: predictions depend on the test batch"""
     encoder_steps: int = 400
-    """images: steps of each encoder"""
+    """images, texts: steps of each encoder; graphs: of each encoder with its head"""
     head_steps: int = 400
-    """steps of the heads, on frozen encoders"""
+    """steps of the heads, on frozen encoders; graph networks have theirs already"""
     ae_steps: int = 300
     """images: steps of each autoencoder; 0 leaves them out"""
     ae_widths: tuple[int, ...] = (16, 32)
@@ -85,10 +111,12 @@ class Recipe(base.Recipe):
     batch_size: int = 64
     """examples per step"""
     optimizer: Optimizer = Optimizer(learning_rate=3e-3, schedule="cosine")
-    """optimiser of everything"""
+    """optimiser of everything but graph networks"""
+    graph_optimizer: Optimizer = Optimizer(learning_rate=0.02, schedule="cosine")
+    """graphs: of the networks, at the paper's rate"""
 
     def build(self) -> Run:
-        """Encoders (of images), anchors, heads, the table, autoencoders and their pictures."""
+        """Encoders (of images and texts), anchors, heads, the table, autoencoders and their pictures; or networks."""
         return self.run_on(stitching_data(self.data.name, self.data.path, self.seed))
 
     def run_on(self, data: StitchingData) -> Run:
@@ -102,7 +130,15 @@ class Recipe(base.Recipe):
             self.similarity, self.subspaces, quantise="round" if self.bin_size else "none",
             bin_size=self.bin_size or 1.0, norm="none",
         )  # fmt: skip
-        head = relative.StitchingHead(task.num_classes, self.standardise, dtype=jnp.dtype(self.dtype))
+        dtype = jnp.dtype(self.dtype)
+        if task.graph is not None:
+            network = lambda width: GCNII(width, self.layers, rate=self.dropout, dtype=dtype)  # noqa: E731
+            own = relative.RelativeHead(task.num_classes, dtype=dtype)
+            return node_run(
+                task, ids, layer.clone(norm="l2"), own, network, self.encoder_steps, self.graph_optimizer.build,
+                self.batch_size, self.seed,
+            )  # fmt: skip
+        head = relative.StitchingHead(task.num_classes, self.standardise, task.activation, dtype)
         represent = jax.jit(lambda z, own: layer.apply({}, z, own))
         logits = jax.jit(head.apply)
         anchor_batch = task.anchor_batch(ids)
@@ -135,11 +171,7 @@ class Recipe(base.Recipe):
             for i, (name, encode) in enumerate(spaces.items()):
                 latents = task.own_anchors.get(name)
                 latents = encode(variables["params"], anchor_batch) if latents is None else latents
-                try:
-                    check_anchors(AnchorSet.of(ids, latents))
-                except ValueError as error:
-                    raise UserError(f"model {name}: {error}") from None
-                found[f"m{i}"] = np.asarray(latents)
+                found[f"m{i}"] = np.asarray(checked_anchors(name, ids, latents).latents)
             return FitResult({}, {"anchors": found}, {"anchors": len(ids)})
 
         def measure(variables, artefacts, rng):
@@ -199,7 +231,8 @@ class Recipe(base.Recipe):
                 "models": list(task.names),
                 "similarity": self.similarity,
             }
-            return Export(head, {"params": own["relative0"], "constants": kept}, facts)
+            beside = task.write_tokenizers if task.tokenizers else None
+            return Export(head, {"params": own["relative0"], "constants": kept}, facts, beside)
 
         summary = lambda metrics: stitching_summary(metrics, task.names)  # noqa: E731
         figures = lambda result, workdir: stitching_figures(result, workdir, task.names)  # noqa: E731
@@ -208,12 +241,17 @@ class Recipe(base.Recipe):
     # --- settings -----------------------------------------------------------------------------------------------------
 
     def _task(self, data: StitchingData) -> Task:
+        dtype = jnp.dtype(self.dtype)
         if isinstance(data, Latents):
             return latent_task(data)
-        return image_task(data, self.widths, self.hidden, jnp.dtype(self.dtype))
+        if isinstance(data, Graph):
+            return node_task(data, self.widths)
+        if isinstance(data, ParallelTexts):
+            return text_task(data, self.widths, self.hidden, self.text_length, self.vocab_size, dtype)
+        return image_task(data, self.widths, self.hidden, dtype)
 
     def _check_settings(self, encoders: bool) -> None:
-        for name in ("hidden", "anchors", "encoder_steps", "head_steps", "batch_size", "subspaces"):
+        for name in ("hidden", "anchors", "encoder_steps", "head_steps", "batch_size", "subspaces", "layers"):
             if getattr(self, name) < 1:
                 raise UserError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}")
         if self.ae_steps < 0 or self.bin_size < 0 or self.top_m < 0:
@@ -221,6 +259,12 @@ class Recipe(base.Recipe):
                 f"--ae-steps, --bin-size and --top-m must not be negative; got {self.ae_steps}, {self.bin_size} and "
                 f"{self.top_m}"
             )
+        if not 0 <= self.dropout < 1:
+            raise UserError(f"--dropout must be in [0, 1), got {self.dropout}")
+        if self.text_length < 3:
+            raise UserError(f"--text-length must be at least 3 with the first and last token, got {self.text_length}")
+        if self.vocab_size <= len(SPECIAL):
+            raise UserError(f"--vocab-size must be above the {len(SPECIAL)} special tokens, got {self.vocab_size}")
         if encoders and (len(self.widths) < 2 or min(self.widths) < 1):
             raise UserError(f"--widths needs two encoders or more, each of width 1 or more; got {self.widths}")
         if not self.ae_widths or min(self.ae_widths) < 1:
@@ -231,7 +275,8 @@ class Recipe(base.Recipe):
         if bad:
             raise UserError(f"--subspaces {self.subspaces} must divide every model's width; one has {bad[0]}")
         if not task.own_anchors and self.anchors > task.items:
-            raise UserError(f"--anchors {self.anchors} are more than the {task.items} training items")
+            items = "items" if task.graph is None else "nodes"
+            raise UserError(f"--anchors {self.anchors} are more than the {task.items} training {items}")
         if self.anchor_method == "top_m" and not self.anchors <= (self.top_m or 2 * self.anchors) <= task.items:
             raise UserError(
                 f"--top-m {self.top_m or 2 * self.anchors} must be in [{self.anchors}, {task.items}]: at least the "
@@ -293,6 +338,10 @@ def fields() -> dict[str, str]:
         "NAME": "or latents: float [N, d] under each model's name (or NAME/encoding), and labels [N]",
         "NAME/anchors_latents": "optional float [k, d]: latents of the same anchors in every model, in one order",
         "train": "optional bool [N]: items to train heads on",
+        "text, label, split": "or columns of a .csv: texts and their classes; split (train, test) is optional",
+        "text_LANGUAGE": "instead of text: translations of the same documents, one column per language",
+        "edges.csv, nodes.npz": "or a folder with a graph: two node numbers a line; features [N, d], labels [N] and "
+        "perhaps train, bool [N]",
     }
 
 
