@@ -73,6 +73,15 @@ def test_languages_take_turns_and_have_tokenizers_of_their_own(tmp_path):
     assert set(one.train) == {"ids0", "label"} and list(one.tokenizers) == ["north"]
 
 
+def test_held_out_texts_teach_the_tokenizer_nothing():
+    texts = {"text": ("ab ba", "ba ab", "ab \u0436", "aa bb")}
+    data = ParallelTexts(texts, np.array([0, 1, 0, 1], np.int32), ("x", "y"), np.array([True, True, False, True]))
+    task = text_task(data, (4, 4), 4, 6, 50, jnp.float32)
+    tokens = task.tokenizers["text"].core.encode("ab \u0436", add_special_tokens=False).tokens
+    assert tokens[-1] == "[UNK]" and tokens[0] != "[UNK]"
+    assert task.inputs == ("ids0", "ids0")
+
+
 def test_nodes_are_numbered_through_and_features_decide_where_anchors_lie():
     graph = planted_communities(0, nodes=20)
     task = node_task(graph, (4, 5))

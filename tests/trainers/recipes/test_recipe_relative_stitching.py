@@ -14,6 +14,7 @@ from trainers.parallel import Parallel
 from trainers.recipe import Data, Optimizer, UserError
 from trainers.recipes.representation import relative_representations as recipe
 from trainers.run import train, train_in_memory
+from zoo.base import Context
 from zoo.nn.bag_of_words import BagOfWords
 from zoo.nn.gcnii import GCNII
 from zoo.nn.stitching_heads import RelativeHead, StitchingHead
@@ -73,6 +74,22 @@ def test_graph_networks_are_trained_end_to_end_and_stitched(tmp_path):
                 hit = np.mean(np.argmax(x @ head["kernel"] + head["bias"], 1) == graph.label[held])
                 assert hit == pytest.approx(m[f"stitching/{kind}_{i}_{j}"], abs=1e-6)
     np.testing.assert_array_equal(model.variables["params"]["out"]["bias"], kept["heads"]["relative0"]["out"]["bias"])
+
+
+def test_networks_read_unit_rows_or_latents_and_see_nodes_in_one_order():
+    made = recipe.Recipe(data=Data("communities"), widths=(4, 6), layers=1, anchors=9, encoder_steps=7).build()
+    updates, variables = made.phases[0].updates, jax.jit(made.init)(jax.random.key(0))
+    assert list(updates) == ["relative0", "absolute0", "relative1", "absolute1"] and made.phases[0].steps == 7
+    orders = [u.stream.batch(0)["node"] for u in updates.values()]
+    assert np.array_equal(orders[0], orders[1]) and np.array_equal(orders[2], orders[3])
+    assert not np.array_equal(orders[0], orders[2])
+    batch = {k: jnp.asarray(v) for k, v in updates["relative0"].stream.batch(0).items()}
+    seen = {n: u.objective.forward(variables, batch, Context(jax.random.key(1), train=False))[0]["embedding"]
+            for n, u in list(updates.items())[:2]}  # fmt: skip
+    np.testing.assert_allclose(np.linalg.norm(seen["relative0"], axis=1), 1, rtol=1e-5)
+    assert seen["relative0"].shape == (64, 9) and seen["absolute0"].shape == (64, 4)
+    assert [u.trainable for u in updates.values()] == [(f"{n}/.*",) for n in updates]
+    assert set(variables["constants"]) == {"graph", "anchor_ids", "hash"}
 
 
 def test_encoders_of_two_languages_are_stitched_by_translated_anchors(tmp_path):
