@@ -107,6 +107,9 @@ def read_graph(path: str | Path, test_share: float = 0.1) -> Graph:
         raise DataError(
             f"{folder / 'nodes.npz'}: expected features [N, d] and integer labels [N], got {x.shape} and {label.shape}"
         )
+    if label.min(initial=0) < 0:
+        node = int(label.argmin())
+        raise DataError(f"{folder / 'nodes.npz'}: label of node {node} is {label[node]}; classes count from 0")
     if not np.isfinite(x).all():
         row = int((~np.isfinite(x).all(1)).argmax())
         raise DataError(f"{folder / 'nodes.npz'}: features of node {row} are not finite")
@@ -124,8 +127,10 @@ def read_graph(path: str | Path, test_share: float = 0.1) -> Graph:
     if train is None:
         out = np.random.default_rng(0).permutation(len(x))[: max(1, round(len(x) * test_share))]
         train = ~np.isin(np.arange(len(x)), out)
-    if train.shape != (len(x),) or train.dtype != bool:
-        raise DataError(f"{folder / 'nodes.npz'}: train must be bool [{len(x)}], got {train.dtype} {train.shape}")
+    if train.shape != (len(x),) or train.dtype != bool or not 0 < train.sum() < len(x):
+        raise DataError(
+            f"{folder / 'nodes.npz'}: train must be bool [{len(x)}] with some of each, got {train.dtype} {train.shape}"
+        )
     return _graph(x, np.array(pairs), label, train)
 
 

@@ -15,7 +15,7 @@ import numpy as np
 from data.dataset import Dataset
 from data.images import scale_images
 from data.stream import DataError
-from data.tables import Table, read_table
+from data.tables import Table, read_table, split_rows
 
 
 def checked_targets(values: np.ndarray, where: str = "label") -> np.ndarray:
@@ -168,7 +168,7 @@ def read_regression(file: str | Path, bin_size: float = 0.0) -> Dataset:
     if "label" not in table.columns:
         raise DataError(f"{file}: has no column 'label'; it has {', '.join(table.columns)}")
     target = checked_targets(_numbers(file, table, "label"), f"{file}, column label")
-    rows = _splits(file, table)
+    rows = split_rows(file, table)
     if "path" in table.columns:
         arrays = {k: _images(file, table, r) for k, r in rows.items()}
     else:
@@ -201,25 +201,6 @@ def _numbers(file: Path, table: Table, column: str) -> np.ndarray:
         if not np.isfinite(out[i]):
             raise DataError(f"{file}, line {i + 2}: column {column!r} is {cell or 'empty'}, expected a finite number")
     return out
-
-
-def _splits(file: Path, table: Table) -> dict[str, np.ndarray]:
-    if "split" not in table.columns:
-        if table.rows < 5:
-            raise DataError(f"{file}: has {table.rows} rows; at least 5 are needed to hold a fifth out")
-        order = np.random.default_rng(0).permutation(table.rows)
-        held = max(1, table.rows // 5)
-        return {"train": np.sort(order[held:]), "test": np.sort(order[:held])}
-    names = np.array([(c or "").lower() for c in table["split"]])
-    known = np.isin(names, ("train", "val", "test"))
-    if not known.all():
-        i = int((~known).argmax())
-        raise DataError(f"{file}, line {i + 2}: split is {table['split'][i]!r}, expected train, val or test")
-    rows = {k: np.flatnonzero(names == k) for k in ("train", "test")}
-    for k, r in rows.items():
-        if not len(r):
-            raise DataError(f"{file}: column 'split' has no row {k!r}")
-    return rows
 
 
 def _images(file: Path, table: Table, rows: np.ndarray) -> np.ndarray:

@@ -49,7 +49,7 @@ def synonym_collection(
     if not 0 <= mismatch <= 1:
         raise DataError(f"mismatch is a probability, got {mismatch}")
     rng = np.random.default_rng(seed)
-    lexicon = _words(rng, concepts * synonyms + 40)
+    lexicon = invented_words(rng, concepts * synonyms + 40)
     function_words, names = lexicon[:40], np.array(lexicon[40:]).reshape(concepts, synonyms)
     zipf = 1.0 / np.arange(1, 41)
     zipf /= zipf.sum()
@@ -80,8 +80,8 @@ def synonym_collection(
     )  # fmt: skip
 
 
-def _words(rng: np.random.Generator, count: int) -> list[str]:
-    # different words of two or three syllables
+def invented_words(rng: np.random.Generator, count: int) -> list[str]:
+    """Different words of two or three syllables."""
     found: dict[str, None] = {}
     while len(found) < count:
         syllables = rng.integers(2, 4)

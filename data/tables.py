@@ -122,6 +122,30 @@ def read_table(file: str | Path, encoding: str = "utf-8-sig") -> Table:
     return Table(file.name, tuple(kept), tuple(cells[name] for name in kept))
 
 
+def split_rows(file: Path, table: Table) -> dict[str, np.ndarray]:
+    """Rows of ``train`` and ``test`` by a column ``split`` (``val`` is set aside), or a fixed fifth held out.
+
+    Raises:
+      DataError: too few rows, another name in the column, or a part without rows; with ``file`` and line.
+    """
+    if "split" not in table.columns:
+        if table.rows < 5:
+            raise DataError(f"{file}: has {table.rows} rows; at least 5 are needed to hold a fifth out")
+        order = np.random.default_rng(0).permutation(table.rows)
+        held = max(1, table.rows // 5)
+        return {"train": np.sort(order[held:]), "test": np.sort(order[:held])}
+    names = np.array([(c or "").lower() for c in table["split"]])
+    known = np.isin(names, ("train", "val", "test"))
+    if not known.all():
+        i = int((~known).argmax())
+        raise DataError(f"{file}, line {i + 2}: split is {table['split'][i]!r}, expected train, val or test")
+    rows = {k: np.flatnonzero(names == k) for k in ("train", "test")}
+    for k, r in rows.items():
+        if not len(r):
+            raise DataError(f"{file}: column 'split' has no row {k!r}")
+    return rows
+
+
 def _header(file: Path, names: list[str]) -> list[str]:
     found: list[str] = []
     taken = {n.strip() for n in names}

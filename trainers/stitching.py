@@ -1,17 +1,22 @@
-"""Stitching tables and their pictures: what a run reports of encoders and heads that were joined."""
+"""Stitching in runs: objectives of several models over one state, and what is reported of encoders and heads joined."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import dataclasses
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
+from trainers.errors import UserError
+from zoo.base import Loss, Objective, batch_mask, example_elements
 from zoo.metrics.embeddings import linear_cka
 from zoo.metrics.latents import aligned_mrr, mean_cosine, topk_jaccard
+from zoo.ops.anchors import AnchorSet, check_anchors
 from zoo.ops.stitching import own_and_stitched
 
 KINDS = ("relative", "absolute")
@@ -31,10 +36,37 @@ def stitching_metrics(tables: Mapping[str, np.ndarray]) -> dict[str, float]:
     return found
 
 
-def likeness(latents: Mapping[str, jax.Array], anchors: Mapping, represent) -> dict[str, float]:
-    """How alike the first two models' spaces are on the test items."""
+def checked_anchors(model: str, ids: Any, latents: Any) -> AnchorSet:
+    """Anchors in a model's space.
+
+    Raises:
+      UserError: an anchor without a direction; with the model.
+    """
+    anchors = AnchorSet.of(ids, latents)
+    try:
+        check_anchors(anchors)
+    except ValueError as error:
+        raise UserError(f"model {model}: {error}") from None
+    return anchors
+
+
+def likeness(
+    latents: Mapping[str, jax.Array],
+    anchors: Mapping,
+    represent: Callable,
+    absolute: Mapping[str, jax.Array] | None = None,
+) -> dict[str, float]:
+    """How alike the first two models' spaces are on the test items.
+
+    Args:
+      latents: by model, ``[N, d]``.
+      anchors: each model's own latents of the anchors, ``m0`` and ``m1``.
+      represent: ``(latents, anchors' latents) -> [N, k]``.
+      absolute: latents to compare as they are, where models without a projection were trained for that.
+    """
     (a, b), own = list(latents.values())[:2], [jnp.asarray(anchors[f"m{i}"]) for i in range(2)]
     pairs = {"relative": (represent(a, own[0]), represent(b, own[1]))}
+    a, b = list((latents if absolute is None else absolute).values())[:2]
     pairs |= {"absolute": (a, b)} if a.shape == b.shape else {}
     measures = {"jaccard": topk_jaccard, "mrr": aligned_mrr, "cosine": mean_cosine}
     found = {f"{kind}_{m}": float(jax.jit(f)(x, y)) for kind, (x, y) in pairs.items() for m, f in measures.items()}
@@ -88,3 +120,57 @@ def stitching_figures(result: Any, workdir: Path, names: tuple[str, ...]) -> Non
     axis.set_xticks([])
     axis.set_title("reconstructions; stitched: encoder of one seed, decoder of another", fontsize=9)
     plots.save(fig, workdir / "reconstructions.png")
+
+
+def under(name: str, objective: Objective, shared: tuple[str, ...] = ()) -> Objective:
+    """An objective whose variables lie under ``name`` in every collection but the ``shared`` ones."""
+
+    def forward(variables, batch, context):
+        own = {c: v if c in shared else v[name] for c, v in variables.items() if c in shared or name in v}
+        out, mutated = objective.forward(own, batch, context)
+        return out, {c: {**variables[c], name: v} for c, v in mutated.items()}
+
+    return dataclasses.replace(objective, forward=forward)
+
+
+def heads_objective(head: Any, spaces: Mapping[str, Callable], represent: Callable) -> Objective:
+    """The cross-entropies of all heads on frozen latents; their parameters are disjoint.
+
+    Args:
+      head: a module ``(representation, train, mask) -> logits``; its parameters lie under ``heads``, by kind and model.
+      spaces: each model's ``(params, batch) -> [B, d]``.
+      represent: ``(latents, anchors' latents) -> [B, k]``; the anchors' are the artefact ``anchors``.
+    """
+
+    def forward(variables, batch, context):
+        module, found = head.clone(axis_name=context.axis_name), []
+        for i, encode in enumerate(spaces.values()):
+            z = jax.lax.stop_gradient(encode(variables["params"], batch))
+            r = represent(z, jnp.asarray(context.artefacts["anchors"][f"m{i}"]))
+            for kind, x in zip(KINDS, (r, z), strict=True):
+                params = {"params": variables["params"]["heads"][f"{kind}{i}"]}
+                found.append(module.apply(params, x, context.train, batch_mask(batch)))
+        return {"logits": jnp.stack(found, 1).astype(jnp.float32)}, {}
+
+    def loss(outputs, batch, context):
+        labels = jnp.broadcast_to(batch["label"][:, None], outputs["logits"].shape[:2])
+        values = optax.softmax_cross_entropy_with_integer_labels(outputs["logits"], labels)
+        hits = jnp.where(batch_mask(batch)[:, None], jnp.argmax(outputs["logits"], -1) == labels, False)
+        rate = jnp.sum(hits, 0) / jnp.maximum(jnp.sum(batch_mask(batch)), 1)
+        metrics = {f"{kind}_accuracy": jnp.mean(rate[n::2]) for n, kind in enumerate(KINDS)}
+        return Loss(example_elements(jnp.sum(values, 1), batch), metrics=metrics)
+
+    return Objective(lambda rng, batch: {}, forward, loss, gathers=("label",), name="heads on frozen latents")
+
+
+def stitching_summary(metrics: Mapping[str, float], names: tuple[str, ...]) -> str:
+    """Means of both kinds in one line, the reconstructions if there are any, and the table."""
+    lines = []
+    for kind in KINDS:
+        own, other = metrics[f"stitching/{kind}_own"], metrics.get(f"stitching/{kind}_stitched")
+        lines.append(f"{kind} own {own:.3f}, stitched " + ("impossible" if other is None else f"{other:.3f}"))
+    text = "test accuracy: " + "; ".join(lines)
+    if "pictures/relative_own_mse" in metrics:
+        mse = {k: metrics[f"pictures/{k}_mse"] for k in ("relative_own", "relative_stitched", "absolute_stitched")}
+        text += "; reconstruction MSE: " + ", ".join(f"{k.replace('_', ' ')} {v:.3f}" for k, v in mse.items())
+    return f"{text}\n{stitching_table(metrics, names)}"

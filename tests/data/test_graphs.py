@@ -48,6 +48,9 @@ def test_edges_count_both_ways_and_once(tmp_path):
         ({"labels": np.zeros(3, int)}, "expected features .* and integer labels"),
         ({"features": np.full((4, 2), np.nan)}, "features of node 0 are not finite"),
         ({"train": np.ones(3, bool)}, "train must be bool"),
+        ({"train": np.ones(4, bool)}, "some of each"),
+        ({"train": np.zeros(4, bool)}, "some of each"),
+        ({"labels": np.array([0, 1, -2, 0])}, "label of node 2 is -2; classes count from 0"),
     ],
 )
 def test_malformed_graphs_are_refused(tmp_path, change, message):

@@ -6,7 +6,7 @@ from typing import Any
 
 import jax.numpy as jnp
 from flax import linen as nn
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Num
 
 from zoo.nn.mlp import MLP
 
@@ -37,7 +37,7 @@ class WithHead(nn.Module):
     """An encoder and the head on it; its parameters lie under ``encoder`` and ``head``.
 
     Attributes:
-      body: ``(x, train, mask) -> h [B, d]``, with an ``axis_name`` of its own.
+      body: ``(x, train, mask) -> h [B, d]``; x may be ids of tokens; with an ``axis_name`` of its own.
       projection: ``(h) -> z [B, f]``.
       axis_name: handed on to the encoder.
     """
@@ -48,7 +48,7 @@ class WithHead(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "b *dims"], train: bool = False, mask: Bool[Array, "b"] | None = None
+        self, x: Num[Array, "b *dims"], train: bool = False, mask: Bool[Array, "b"] | None = None
     ) -> Float[Array, "b f"]:
         """``[B, ...] -> [B, f]``: what the head makes of the encoder's features."""
         # copies, because the axis is known only where the step is built

@@ -333,7 +333,8 @@ CARD = Card(
         "any frozen encoder's latents",
         "any Flax encoder with a head or decoder, end to end",
         "autoencoders and VAEs",
-        "graph encoders",
+        "graph networks, trained end to end through their anchors",
+        "text encoders, across languages by translated anchors",
         "linear probes on stitched latents",
     ),
     pieces=(
@@ -368,6 +369,7 @@ CARD = Card(
         "zoo.losses.gaussian:optimal_sigma_nll",
         "zoo.losses.ranking:gaussian_kl",
         "zoo.nn.gcnii:GCNII",
+        "zoo.nn.bag_of_words:BagOfWords",
         "zoo.nn.conv_autoencoder:ConvEncoder",
         "zoo.nn.conv_autoencoder:ConvDecoder",
     ),
@@ -392,6 +394,8 @@ CARD = Card(
         "quantised latents pass gradients straight through; the code's line for it is without effect",
         "subspaces are normalised after pooling, once; the code normalises each subspace's similarities by itself",
         "reconstruction losses are means over examples of their sums; 'sum' adds them up as the code does",
+        "graph networks take a batch of training nodes per step, and 4 layers unless asked; the code takes all, and 32",
+        "text encoders are small averaging ones trained on the labels; the paper's are pretrained and frozen",
         "farthest points start at a random sample; clustering of latents to quantise them is left out",
     ),
 )

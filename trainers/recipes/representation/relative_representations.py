@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import jax
@@ -15,22 +13,43 @@ import numpy as np
 import optax
 
 from data.dataset import Dataset
-from data.images import digits, image_dataset
-from data.latents import Latents, read_latents, rotated_latents, word_spaces
-from data.stream import DataError, training_stream
+from data.graphs import Graph
+from data.images import digits
+from data.latents import Latents
+from data.parallel_texts import ParallelTexts
+from data.stream import training_stream
+from data.text import SPECIAL
 from trainers import recipe as base
 from trainers.phases import Alternate, Fit, FitResult, Train, Update
 from trainers.recipe import Benchmark, Data, Export, Optimizer, Run, UserError
 from trainers.run import train_in_memory
-from trainers.stitching import KINDS, likeness, stitching_figures, stitching_metrics, stitching_table
-from zoo.base import Loss, Objective, batch_mask, example_elements
+from trainers.stitching import (
+    KINDS,
+    checked_anchors,
+    heads_objective,
+    likeness,
+    stitching_figures,
+    stitching_metrics,
+    stitching_summary,
+    under,
+)
+from trainers.stitching_nodes import node_run
+from trainers.stitching_tasks import (
+    StitchingData,
+    Task,
+    image_task,
+    latent_task,
+    node_task,
+    stitching_data,
+    text_task,
+)
+from zoo.base import Objective
 from zoo.metrics.latents import topk_jaccard
 from zoo.nn.conv_autoencoder import ConvDecoder, ConvEncoder, VariationalDecoder
 from zoo.nn.gcnii import GCNII
-from zoo.nn.heads import WithHead
 from zoo.nn.mlp import MLP
 from zoo.objectives import supervised
-from zoo.ops.anchors import AnchorSet, check_anchors, select_anchors
+from zoo.ops.anchors import AnchorSet, select_anchors
 from zoo.ops.blocks import in_blocks
 from zoo.ops.stitching import Stitchable, stitch, stitching_matrix
 from zoo.representation import relative_representations as relative
@@ -44,18 +63,31 @@ class Recipe(base.Recipe):
 
     Your own encoders: --data.path FILE.npz with one array [N, d] per model and labels [N]: their heads are trained and
     the stitching table is printed. A folder of images, or --data.name of a TFDS image set, trains encoders on those.
+    Texts: --data.path FILE.csv with columns text, label and perhaps split; translations of the same documents in
+    columns text_EN, text_FR, ... stitch encoders across languages, the anchors being documents in every one of them.
+    Graphs: --data.path FOLDER with edges.csv and nodes.npz (features, labels) trains graph networks end to end.
     """
 
     data: Data = Data("digits")
-    """digits, rotated or words (generated latents), any TFDS image set, or --data.path: images, or latents of models"""
+    """digits; generated: rotated, words (latents), translations (texts in two languages), communities (a graph);
+    any TFDS image set; or --data.path: images, latents of models, texts, a graph"""
     widths: tuple[int, ...] = (64, 64, 96)
-    """images: one encoder for each, its latents of this width"""
+    """images, texts, graphs: one encoder for each, its latents of this width; texts: of the languages in turn"""
     hidden: int = 128
-    """images: hidden units of an encoder"""
+    """images, texts: hidden units of an encoder, and the width of its word vectors"""
+    text_length: int = 64
+    """texts: tokens of a text, longer ones are cut"""
+    vocab_size: int = 4096
+    """texts: ids of each language's tokenizer, at most"""
+    layers: int = 4
+    """graphs: convolutions of an encoder"""
+    dropout: float = 0.5
+    """graphs: before every convolution, in training"""
     anchors: int = 64
     """k: samples that all models share, the width of relative representations"""
     anchor_method: Literal["uniform", "stratified", "top_m", "farthest", "kmeans"] = "uniform"
-    """how they are chosen among the training items; farthest and kmeans look at pixels, or at the first model"""
+    """how they are chosen among the training items; farthest and kmeans look at pixels, the first model, the first
+    language's latent semantics, or features of nodes"""
     top_m: int = 0
     """top_m: among how many first items; 0 for twice the anchors"""
     similarity: Literal["cosine", "inner", "basis"] = "cosine"
@@ -67,9 +99,9 @@ class Recipe(base.Recipe):
     standardise: Literal["layer", "batch"] = "layer"
     """second normalisation of the head; batch is the released code's: predictions depend on the test batch"""
     encoder_steps: int = 400
-    """images: steps of each encoder"""
+    """images, texts: steps of each encoder; graphs: of each encoder with its head"""
     head_steps: int = 400
-    """steps of the heads, on frozen encoders"""
+    """steps of the heads, on frozen encoders; graph networks have theirs already"""
     ae_steps: int = 300
     """images: steps of each autoencoder; 0 leaves them out"""
     ae_widths: tuple[int, ...] = (16, 32)
@@ -79,27 +111,38 @@ class Recipe(base.Recipe):
     batch_size: int = 64
     """examples per step"""
     optimizer: Optimizer = Optimizer(learning_rate=3e-3, schedule="cosine")
-    """optimiser of everything"""
+    """optimiser of everything but graph networks"""
+    graph_optimizer: Optimizer = Optimizer(learning_rate=0.02, schedule="cosine")
+    """graphs: of the networks, at the paper's rate"""
 
     def build(self) -> Run:
-        """Encoders (of images), anchors, heads, the table, autoencoders and their pictures."""
-        return self.run_on(self._data())
+        """Encoders (of images and texts), anchors, heads, the table, autoencoders and their pictures; or networks."""
+        return self.run_on(stitching_data(self.data.name, self.data.path, self.seed))
 
-    def run_on(self, data: Dataset | Latents) -> Run:
+    def run_on(self, data: StitchingData) -> Run:
         """The phases over given data."""
-        task = _Task.of_images(data, self) if isinstance(data, Dataset) else _Task.of_latents(data)
-        self._check(task)
+        self._check_settings(encoders=not isinstance(data, Latents))
+        task = self._task(data)
+        self._check_items(task)
         ids = self._anchor_ids(task)
         spaces = {name: task.encoder(i) for i, name in enumerate(task.names)}
         layer = relative.RelativeLayer(
             self.similarity, self.subspaces, quantise="round" if self.bin_size else "none",
             bin_size=self.bin_size or 1.0, norm="none",
         )  # fmt: skip
-        head = relative.StitchingHead(task.num_classes, self.standardise, dtype=jnp.dtype(self.dtype))
+        dtype = jnp.dtype(self.dtype)
+        if task.graph is not None:
+            network = lambda width: GCNII(width, self.layers, rate=self.dropout, dtype=dtype)  # noqa: E731
+            own = relative.RelativeHead(task.num_classes, dtype=dtype)
+            return node_run(
+                task, ids, layer.clone(norm="l2"), own, network, self.encoder_steps, self.graph_optimizer.build,
+                self.batch_size, self.seed,
+            )  # fmt: skip
+        head = relative.StitchingHead(task.num_classes, self.standardise, task.activation, dtype)
         represent = jax.jit(lambda z, own: layer.apply({}, z, own))
         logits = jax.jit(head.apply)
         anchor_batch = task.anchor_batch(ids)
-        heads = _heads_objective(head, spaces, represent)
+        heads = heads_objective(head, spaces, represent)
         stream = training_stream(task.train, self.batch_size, self.seed)
         tx = self.optimizer.build
         autoencoders = self._autoencoders(task, ids) if task.images and self.ae_steps else {}
@@ -107,10 +150,9 @@ class Recipe(base.Recipe):
         def init(rng):
             keys = iter(jax.random.split(rng, 3 * len(spaces) + len(autoencoders)))
             made: dict[str, dict] = {"params": {}, "constants": {"anchor_ids": ids, "hash": AnchorSet.of(ids).hash}}
-            for i in range(len(spaces) if task.images else 0):
-                made["params"][f"encoder{i}"] = task.module(i).init(next(keys), jnp.asarray(task.train["x"][:1]))[
-                    "params"
-                ]
+            for i, module in enumerate(task.modules):
+                started = module.init(next(keys), jnp.asarray(task.train[task.inputs[i]][:1]))
+                made["params"][f"encoder{i}"] = started["params"]
             own = {}
             for i, encode in enumerate(spaces.values()):
                 z = jax.eval_shape(encode, made["params"], anchor_batch)
@@ -129,11 +171,7 @@ class Recipe(base.Recipe):
             for i, (name, encode) in enumerate(spaces.items()):
                 latents = task.own_anchors.get(name)
                 latents = encode(variables["params"], anchor_batch) if latents is None else latents
-                try:
-                    check_anchors(AnchorSet.of(ids, latents))
-                except ValueError as error:
-                    raise UserError(f"model {name}: {error}") from None
-                found[f"m{i}"] = np.asarray(latents)
+                found[f"m{i}"] = np.asarray(checked_anchors(name, ids, latents).latents)
             return FitResult({}, {"anchors": found}, {"anchors": len(ids)})
 
         def measure(variables, artefacts, rng):
@@ -155,14 +193,14 @@ class Recipe(base.Recipe):
             return FitResult({}, {"tables": {k: v.astype(np.float32) for k, v in tables.items()}}, metrics)
 
         phases: list[Any] = []
-        if task.images:
+        if task.modules:
             updates = {
                 f"encoder{i}": Update(
-                    _under(f"encoder{i}", supervised(task.module(i))), tx(self.encoder_steps),
+                    under(f"encoder{i}", supervised(module, inputs=task.inputs[i])), tx(self.encoder_steps),
                     training_stream(task.train, self.batch_size, 1000 * self.seed + i + 1),
                     trainable=(f"encoder{i}/.*",),
                 )
-                for i in range(len(spaces))
+                for i, module in enumerate(task.modules)
             }  # fmt: skip
             phases.append(Alternate("encoders", self.encoder_steps, updates))
         phases += [
@@ -173,7 +211,7 @@ class Recipe(base.Recipe):
         if autoencoders:
             updates = {
                 name: Update(
-                    _under(name, objective), tx(self.ae_steps),
+                    under(name, objective), tx(self.ae_steps),
                     training_stream(task.train, self.batch_size, 1000 * self.seed + int(name[-1]) + 1),
                     trainable=(f"{name}/.*",),
                 )
@@ -193,24 +231,27 @@ class Recipe(base.Recipe):
                 "models": list(task.names),
                 "similarity": self.similarity,
             }
-            return Export(head, {"params": own["relative0"], "constants": kept}, facts)
+            beside = task.write_tokenizers if task.tokenizers else None
+            return Export(head, {"params": own["relative0"], "constants": kept}, facts, beside)
 
-        summary = lambda metrics: _summary(metrics, task.names)  # noqa: E731
+        summary = lambda metrics: stitching_summary(metrics, task.names)  # noqa: E731
         figures = lambda result, workdir: stitching_figures(result, workdir, task.names)  # noqa: E731
         return Run(phases, export, init, figures, task.fingerprint, summary, steps_per_call=10)
 
     # --- settings -----------------------------------------------------------------------------------------------------
 
-    def _data(self) -> Dataset | Latents:
-        name, path = self.data.name, self.data.path
-        if path is not None and _holds_latents(Path(path)):
-            return read_latents(path)
-        if path is None and name in ("rotated", "words"):
-            return rotated_latents(self.seed)[0] if name == "rotated" else word_spaces(self.seed)
-        return image_dataset(name, path)
+    def _task(self, data: StitchingData) -> Task:
+        dtype = jnp.dtype(self.dtype)
+        if isinstance(data, Latents):
+            return latent_task(data)
+        if isinstance(data, Graph):
+            return node_task(data, self.widths)
+        if isinstance(data, ParallelTexts):
+            return text_task(data, self.widths, self.hidden, self.text_length, self.vocab_size, dtype)
+        return image_task(data, self.widths, self.hidden, dtype)
 
-    def _check(self, task: _Task) -> None:
-        for name in ("hidden", "anchors", "encoder_steps", "head_steps", "batch_size", "subspaces"):
+    def _check_settings(self, encoders: bool) -> None:
+        for name in ("hidden", "anchors", "encoder_steps", "head_steps", "batch_size", "subspaces", "layers"):
             if getattr(self, name) < 1:
                 raise UserError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}")
         if self.ae_steps < 0 or self.bin_size < 0 or self.top_m < 0:
@@ -218,33 +259,42 @@ class Recipe(base.Recipe):
                 f"--ae-steps, --bin-size and --top-m must not be negative; got {self.ae_steps}, {self.bin_size} and "
                 f"{self.top_m}"
             )
-        if task.images and (len(self.widths) < 2 or min(self.widths) < 1):
+        if not 0 <= self.dropout < 1:
+            raise UserError(f"--dropout must be in [0, 1), got {self.dropout}")
+        if self.text_length < 3:
+            raise UserError(f"--text-length must be at least 3 with the first and last token, got {self.text_length}")
+        if self.vocab_size <= len(SPECIAL):
+            raise UserError(f"--vocab-size must be above the {len(SPECIAL)} special tokens, got {self.vocab_size}")
+        if encoders and (len(self.widths) < 2 or min(self.widths) < 1):
             raise UserError(f"--widths needs two encoders or more, each of width 1 or more; got {self.widths}")
         if not self.ae_widths or min(self.ae_widths) < 1:
             raise UserError(f"--ae-widths needs one layer or more of 1 channel or more; got {self.ae_widths}")
+
+    def _check_items(self, task: Task) -> None:
         bad = [w for w in task.widths if w % self.subspaces]
         if bad:
             raise UserError(f"--subspaces {self.subspaces} must divide every model's width; one has {bad[0]}")
         if not task.own_anchors and self.anchors > task.items:
-            raise UserError(f"--anchors {self.anchors} are more than the {task.items} training items")
+            items = "items" if task.graph is None else "nodes"
+            raise UserError(f"--anchors {self.anchors} are more than the {task.items} training {items}")
         if self.anchor_method == "top_m" and not self.anchors <= (self.top_m or 2 * self.anchors) <= task.items:
             raise UserError(
                 f"--top-m {self.top_m or 2 * self.anchors} must be in [{self.anchors}, {task.items}]: at least the "
                 "anchors, at most the training items"
             )
 
-    def _anchor_ids(self, task: _Task) -> np.ndarray:
+    def _anchor_ids(self, task: Task) -> np.ndarray:
         if task.own_anchors:
             return np.arange(len(next(iter(task.own_anchors.values()))), dtype=np.int32)
         key = jax.random.key(self.seed)
-        looked_at = task.train["x" if task.images else "m0"].reshape(task.items, -1)
+        looked_at = jnp.asarray(task.looked_at()) if self.anchor_method in ("farthest", "kmeans") else None
         chosen = select_anchors(
             key, self.anchors, self.anchor_method, n=task.items, labels=jnp.asarray(task.train["label"]),
-            latents=jnp.asarray(looked_at), top_m=self.top_m or 2 * self.anchors,
+            latents=looked_at, top_m=self.top_m or 2 * self.anchors,
         )  # fmt: skip
         return np.asarray(chosen)
 
-    def _autoencoders(self, task: _Task, ids: np.ndarray) -> dict[str, tuple[Any, Objective]]:
+    def _autoencoders(self, task: Task, ids: np.ndarray) -> dict[str, tuple[Any, Objective]]:
         shape, dtype = tuple(task.train["x"].shape[1:]), jnp.dtype(self.dtype)
         if len(shape) != 3:
             raise UserError(f"autoencoders need images, not points of shape {shape}; set --ae-steps 0")
@@ -259,111 +309,7 @@ class Recipe(base.Recipe):
         return found
 
 
-def _holds_latents(path: Path) -> bool:
-    if path.is_dir():
-        return any(path.glob("*.npz"))
-    if path.suffix != ".npz" or not path.is_file():
-        return False
-    try:
-        with np.load(path, allow_pickle=False) as opened:
-            return not {"x", "image"} & set(opened.files)
-    except Exception as error:
-        raise DataError(f"{path}: not a readable .npz file ({str(error).splitlines()[0]})") from None
-
-
-@dataclasses.dataclass(frozen=True)
-class _Task:
-    """Items seen by several models: images through encoders to be trained, or latents as they are."""
-
-    names: tuple[str, ...]
-    widths: tuple[int, ...]
-    train: Mapping[str, np.ndarray]
-    test: Mapping[str, np.ndarray]
-    num_classes: int
-    fingerprint: str
-    images: bool
-    module: Callable[[int], Any]
-    own_anchors: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
-
-    @classmethod
-    def of_images(cls, data: Dataset, recipe: Recipe) -> _Task:
-        if "label" not in data["train"] or "label" not in data["test"]:
-            raise UserError(f"data {data.name!r} has no labels; heads need them")
-        classes = int(data.info["num_classes"])
-        split = {s: {"x": data[s]["x"], "label": data[s]["label"].astype(np.int32)} for s in ("train", "test")}
-        module = lambda i: WithHead(  # noqa: E731
-            MLP((recipe.hidden,), recipe.widths[i], dtype=jnp.dtype(recipe.dtype)), relative.RelativeHead(classes)
-        )
-        names = tuple(f"encoder {i} ({w})" for i, w in enumerate(recipe.widths))
-        print_ = data.fingerprint
-        return cls(names, tuple(recipe.widths), split["train"], split["test"], classes, print_, True, module)
-
-    @classmethod
-    def of_latents(cls, data: Latents) -> _Task:
-        fields = {f"m{i}": v for i, v in enumerate(data.models.values())} | {"label": data.labels}
-        train, test = ({k: v[rows] for k, v in fields.items()} for rows in (data.train, ~data.train))
-        widths = tuple(v.shape[1] for v in data.models.values())
-        return cls(
-            tuple(data.models), widths, train, test, data.num_classes, data.fingerprint, False, lambda i: None,
-            data.anchors,
-        )  # fmt: skip
-
-    @property
-    def items(self) -> int:
-        return len(self.train["label"])
-
-    @property
-    def test_batch(self) -> dict[str, jax.Array]:
-        return {k: jnp.asarray(v) for k, v in self.test.items()}
-
-    def encoder(self, i: int) -> Callable[[Any, Mapping], jax.Array]:
-        """``(params, batch) -> [B, d]`` of model i."""
-        if not self.images:
-            return lambda params, batch: batch[f"m{i}"]
-        body = self.module(i).body
-        return lambda params, batch: body.apply({"params": params[f"encoder{i}"]["encoder"]}, batch["x"])
-
-    def anchor_batch(self, ids: np.ndarray) -> dict[str, jax.Array]:
-        rows = ids % self.items  # the user's own anchors are no items; these rows then only give shapes
-        return {k: jnp.asarray(v[rows]) for k, v in self.train.items()}
-
-
-def _under(name: str, objective: Objective) -> Objective:
-    """An objective whose variables lie under ``name`` in every collection."""
-
-    def forward(variables, batch, context):
-        own = {c: v[name] for c, v in variables.items() if name in v}
-        out, mutated = objective.forward(own, batch, context)
-        return out, {c: {**variables[c], name: v} for c, v in mutated.items()}
-
-    return dataclasses.replace(objective, forward=forward)
-
-
-def _heads_objective(head, spaces, represent) -> Objective:
-    """The cross-entropies of all heads on frozen latents; their parameters are disjoint."""
-
-    def forward(variables, batch, context):
-        module, found = head.clone(axis_name=context.axis_name), []
-        for i, encode in enumerate(spaces.values()):
-            z = jax.lax.stop_gradient(encode(variables["params"], batch))
-            r = represent(z, jnp.asarray(context.artefacts["anchors"][f"m{i}"]))
-            for kind, x in zip(KINDS, (r, z), strict=True):
-                params = {"params": variables["params"]["heads"][f"{kind}{i}"]}
-                found.append(module.apply(params, x, context.train, batch_mask(batch)))
-        return {"logits": jnp.stack(found, 1).astype(jnp.float32)}, {}
-
-    def loss(outputs, batch, context):
-        labels = jnp.broadcast_to(batch["label"][:, None], outputs["logits"].shape[:2])
-        values = optax.softmax_cross_entropy_with_integer_labels(outputs["logits"], labels)
-        hits = jnp.where(batch_mask(batch)[:, None], jnp.argmax(outputs["logits"], -1) == labels, False)
-        rate = jnp.sum(hits, 0) / jnp.maximum(jnp.sum(batch_mask(batch)), 1)
-        metrics = {f"{kind}_accuracy": jnp.mean(rate[n::2]) for n, kind in enumerate(KINDS)}
-        return Loss(example_elements(jnp.sum(values, 1), batch), metrics=metrics)
-
-    return Objective(lambda rng, batch: {}, forward, loss, gathers=("label",), name="heads on frozen latents")
-
-
-def _pictures(task: _Task, autoencoders: Mapping[str, tuple[Any, Objective]]):
+def _pictures(task: Task, autoencoders: Mapping[str, tuple[Any, Objective]]):
     def fit(variables, artefacts, rng):
         x, metrics, pictures = jnp.asarray(task.test["x"]), {}, {}
         for kind in KINDS:
@@ -384,18 +330,6 @@ def _pictures(task: _Task, autoencoders: Mapping[str, tuple[Any, Objective]]):
     return fit
 
 
-def _summary(metrics: Mapping[str, float], names: tuple[str, ...]) -> str:
-    lines = []
-    for kind in KINDS:
-        own, other = metrics[f"stitching/{kind}_own"], metrics.get(f"stitching/{kind}_stitched")
-        lines.append(f"{kind} own {own:.3f}, stitched " + ("impossible" if other is None else f"{other:.3f}"))
-    text = "test accuracy: " + "; ".join(lines)
-    if "pictures/relative_own_mse" in metrics:
-        mse = {k: metrics[f"pictures/{k}_mse"] for k in ("relative_own", "relative_stitched", "absolute_stitched")}
-        text += "; reconstruction MSE: " + ", ".join(f"{k.replace('_', ' ')} {v:.3f}" for k, v in mse.items())
-    return f"{text}\n{stitching_table(metrics, names)}"
-
-
 def fields() -> dict[str, str]:
     """The data fields this recipe needs."""
     return {
@@ -404,6 +338,10 @@ def fields() -> dict[str, str]:
         "NAME": "or latents: float [N, d] under each model's name (or NAME/encoding), and labels [N]",
         "NAME/anchors_latents": "optional float [k, d]: latents of the same anchors in every model, in one order",
         "train": "optional bool [N]: items to train heads on",
+        "text, label, split": "or columns of a .csv: texts and their classes; split (train, test) is optional",
+        "text_LANGUAGE": "instead of text: translations of the same documents, one column per language",
+        "edges.csv, nodes.npz": "or a folder with a graph: two node numbers a line; features [N, d], labels [N] and "
+        "perhaps train, bool [N]",
     }
 
 
