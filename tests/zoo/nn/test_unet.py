@@ -43,6 +43,12 @@ def test_every_size_reaches_the_result_and_skips_keep_places():
     assert set(grads) == {"down0", "down1", "down2", "up0", "up1", "double0", "double1", "head"}
     for name, part in grads.items():
         assert all(np.abs(leaf).sum() > 0 for leaf in jax.tree.leaves(part)), name
+    # without its skip, the first block still learns through the sizes below it
+    kernel = started()["params"]["up0"]["conv1"]["kernel"].at[:, :, :3].set(0.0)
+    up = {**started()["params"]["up0"], "conv1": {**started()["params"]["up0"]["conv1"], "kernel": kernel}}
+    below = {"params": {**started()["params"], "up0": up}}
+    grads = jax.grad(lambda v: jnp.sum(jnp.square(TINY.apply(v, x))))(below)["params"]["down0"]
+    assert all(np.abs(leaf).sum() > 0 for leaf in jax.tree.leaves(grads))
     # without what comes from below, the network is the first block, the last one on its skip, and the head
     cut = jax.tree.map(lambda v: v, started())["params"]
     cut = {**cut, "double0": jax.tree.map(jnp.zeros_like, cut["double0"])}
