@@ -1,6 +1,7 @@
-"""Memory of the pair losses, read off the compiled gradients; the timing itself is not run here."""
+"""Memory of the pair losses, read off the compiled gradients, and what they are timed against; not the timing itself."""
 
 import jax
+import numpy as np
 import pytest
 
 from trainers import bench_losses, reference_baselines
@@ -27,3 +28,15 @@ def test_memory_stays_within_a_few_matrices_or_without_one(name):
 def test_without_the_other_library_there_is_no_baseline(monkeypatch):
     monkeypatch.setattr(reference_baselines.importlib.util, "find_spec", lambda name: None)
     assert reference_baselines.metric_learning_baselines("tcm") == {}
+
+
+@pytest.mark.parametrize("name", [
+    "supervised contrastive, matrix", "contrastive pairs, matrix", "multi similarity, matrix",
+    "triplet, batch hard, matrix", "tcm, matrix", "proxy anchor",
+])  # fmt: skip
+def test_the_other_library_computes_the_same_gradient(name):
+    pytest.importorskip("pytorch_metric_learning")
+    fn, args, _ = bench_losses.gradients(128, 16)[name]
+    theirs = reference_baselines.metric_learning_baselines(name.removesuffix(", matrix"))["pytorch-metric-learning"]
+    mine = np.asarray(jax.jit(fn)(*args))
+    np.testing.assert_allclose(mine, theirs(*args), rtol=1e-4, atol=1e-5 * np.abs(mine).max())
