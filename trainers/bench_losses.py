@@ -80,7 +80,7 @@ def losses() -> list[dict[str, Any]]:
     rows = []
     for name, (fn, args, flops) in gradients().items():
         kind, _, form = name.rpartition(", ")
-        against = metric_learning_baselines(name if not kind else kind) if form != "streamed" else {}
+        against = metric_learning_baselines(kind or name) if form != "streamed" else {}
         note = f"gradient, B={B}, d={D}; the similarity matrix is {4 * B * B / 2**20:.0f} MiB"
         rows.append(run_one(Benchmark(name, fn, args, flops, 8.0 * args[0].size, against, note), *peaks))
     return rows

@@ -1,4 +1,4 @@
-"""Memory of the pair losses, read off the compiled gradients, and what they are timed against; not the timing itself."""
+"""Memory of the pair losses, read off the compiled gradients, and what they are timed against; nothing is timed."""
 
 import jax
 import numpy as np
