@@ -128,7 +128,8 @@ def single(name):
     return flatten(to_host(loop_of(name, Parallel(devices=1))().state))
 
 
-@pytest.mark.parametrize("name", FIRST)
+@pytest.mark.slow  # op by op, every operation of every shape is compiled by itself
+@pytest.mark.parametrize("name", METHODS)
 def test_jit_changes_nothing(name):
     args = start(name)["params"], batch_of(name), jax.random.key(1)
     np.testing.assert_allclose(compiled(name)(*args)[0], value_of(name)(*args), rtol=1e-4)
