@@ -40,3 +40,14 @@ def test_the_other_library_computes_the_same_gradient(name):
     theirs = reference_baselines.metric_learning_baselines(name.removesuffix(", matrix"))["pytorch-metric-learning"]
     mine = np.asarray(jax.jit(fn)(*args))
     np.testing.assert_allclose(mine, theirs(*args), rtol=1e-4, atol=1e-5 * np.abs(mine).max())
+
+
+def test_what_the_other_library_cannot_hold_is_timed_on_fewer_rows(monkeypatch):
+    asked = []
+    monkeypatch.setattr(bench_losses, "metric_learning_baselines", lambda name: asked.append(name) or {"theirs": len})
+    made = {b.name: b for b in bench_losses.benchmarks()}
+    assert "proxy anchor" in asked and "triplet, batch hard" in asked
+    assert made["multi similarity, matrix"].baselines and not made["supervised contrastive, streamed"].baselines
+    assert not made["tcm, matrix"].baselines and len(made["tcm, matrix"].args[0]) == bench_losses.B
+    small = made["tcm, matrix, B=512"]
+    assert small.baselines and len(small.args[0]) == 512 and "B=512" in small.note

@@ -24,7 +24,6 @@ from trainers.bare_update import bare_update, carry, rows_of, scan_updates
 from trainers.embeddings import embedding_evaluation, encoder_params, metric_host, neighbour_metrics, open_world
 from trainers.phases import Fit, FitResult, Train
 from trainers.recipe import Benchmark, Data, Export, Optimizer, Run, UserError
-from trainers.reference_baselines import metric_learning_baselines
 from zoo.base import Context, LossTransformation, Objective, suggest
 from zoo.metrics.verification import Consistency, threshold_consistency
 from zoo.nn.mlp import MLP
@@ -332,15 +331,9 @@ def _compiled(loss: str, classes: int, regularised: bool):
 
 def benchmarks() -> list[Benchmark]:
     """TCM's gradient at B = 4096, d = 256, on the similarity matrix and streamed (others: ``zoo bench losses``)."""
-    from trainers.bench_losses import gradients
+    from trainers import bench_losses
 
-    note = "gradient, B=4096, d=256; the similarity matrix is 64 MiB"
-    found = {name: case for name, case in gradients().items() if name.startswith("tcm")}
-    against = metric_learning_baselines("tcm")
-    return [
-        Benchmark(name, fn, args, flops, 8.0 * args[0].size, against if name.endswith("matrix") else {}, note)
-        for name, (fn, args, flops) in found.items()
-    ]
+    return [b for b in bench_losses.benchmarks() if b.name.startswith("tcm")]
 
 
 def example() -> dict[str, Any]:
